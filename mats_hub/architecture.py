@@ -1,0 +1,114 @@
+"""What a model's config says about its tensors: which are tied, which are stored transposed, which are the body."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts read off an empty model built from a config.
+
+    Attributes:
+        class_name: the transformers class, '' when it is not known.
+        prefix: where the body's tensors begin inside a model with a head (``bert.``), '' when not known.
+        tied: tensors that share the storage of another one: alias → the tensor that is stored.
+        transposed: weights stored ``[in, out]`` (Conv1D).
+
+    """
+
+    class_name: str = ""
+    prefix: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+
+def describe(config: Mapping[str, Any]) -> Architecture:
+    """Return the facts about the model a config describes; empty facts for a model transformers does not know.
+
+    No weight is allocated and no code from a repository is run.
+    """
+    return _describe(json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=16)
+def _describe(config_text: str) -> Architecture:
+    config = json.loads(config_text)
+    class_name = (config.get("architectures") or [""])[0]
+    model = _skeleton(config, class_name)
+    if model is None:
+        return Architecture(class_name)
+    from transformers.pytorch_utils import Conv1D
+
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {}) if _ties(config) else {}
+    transposed = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+    has_head = model.base_model is not model
+    prefix = f"{model.base_model_prefix}." if has_head and model.base_model_prefix else ""
+    return Architecture(class_name, prefix, tied, frozenset(transposed))
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", True))
+
+
+def _skeleton(config: dict[str, Any], class_name: str) -> Any:
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, class_name, None)
+    if not config.get("model_type") or not hasattr(model_class, "base_model_prefix"):
+        return None
+    assert model_class is not None
+    try:
+        parsed = transformers.AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            return model_class(parsed)
+    except Exception:  # a config this version of transformers cannot build: every fact stays unknown
+        return None
+
+
+LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def align(names: Iterable[str], reference: Collection[str]) -> dict[str, str]:
+    """Map tensor names of one checkpoint to those of another that holds the same body under another prefix.
+
+    A model with a head stores ``bert.encoder…`` where the bare body stores ``encoder…``; old checkpoints call LayerNorm's
+    parameters gamma and beta. The one prefix to drop or add that maps the most names is taken for all of them.
+
+    Returns:
+        name → reference name, for the names that have a counterpart.
+
+    """
+    names, known = list(names), {_modern(name): name for name in reference}
+    plain = {name: _modern(name) for name in names}
+    candidates = [("", "")]
+    candidates += [(prefix, "") for prefix in _prefixes(plain.values())]
+    candidates += [("", prefix) for prefix in _prefixes(known)]
+
+    def mapped(drop: str, put: str) -> dict[str, str]:
+        moved = {name: put + modern.removeprefix(drop) for name, modern in plain.items()}
+        return {name: known[other] for name, other in moved.items() if other in known}
+
+    return max((mapped(*candidate) for candidate in candidates), key=len)
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in (1, 2):
+            if len(parts) > depth:
+                found[".".join(parts[:depth]) + "."] = None
+    return list(found)
+
+
+def _modern(name: str) -> str:
+    for old, new in LEGACY_NAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name

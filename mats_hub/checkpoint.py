@@ -1,0 +1,219 @@
+"""Checkpoints: open one lazily, tensor by tensor, and write one shard by shard without ever holding a shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from mats_hub.errors import CheckpointError
+from mats_hub.source import DTYPE_BYTES, Source, TensorHeader
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class Checkpoint:
+    """The weights of a source, from one safetensors file or several; a tensor is read when it is asked for.
+
+    Attributes:
+        source: where the files are.
+        config: the model's config.json.
+        headers: every tensor's dtype, shape and file, in file order.
+
+    Raises:
+        CheckpointError: a file is cut short or malformed, two files hold the same tensor, or the model is quantized.
+
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.config: dict[str, Any] = source.json("config.json")
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"].get("quant_method", "an unnamed method")
+            raise CheckpointError(
+                f"{source.spec!r} is quantized ({method}): its integers are not weights that can be added. Use the "
+                "repository it was quantized from, and quantize the merged model afterwards"
+            )
+        self.headers: dict[str, TensorHeader] = {}
+        for filename in source.weight_files:
+            for name, header in source.headers(filename).items():
+                if name in self.headers:
+                    raise CheckpointError(
+                        f"{source.spec!r}: tensor {name!r} is in both {self.headers[name].file} and {filename}"
+                    )
+                self.headers[name] = header
+        self._open: tuple[str, Any] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor as it is stored.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+
+        """
+        from safetensors import SafetensorError, safe_open
+
+        filename = self.headers[name].file
+        try:
+            if self._open is None or self._open[0] != filename:
+                self._open = (filename, safe_open(self.source.path(filename), framework="pt"))
+            return self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again") from None
+
+
+class CheckpointWriter:
+    """Writes safetensors shards of a layout known beforehand, tensor by tensor in `order`.
+
+    A shard's header is written first and each tensor's bytes are appended as they come, so that memory holds one tensor
+    and not one shard. Use as a context manager: leaving it without an error checks that everything was written.
+
+    Args:
+        folder: where the shards and the index go.
+        layout: every tensor's name, dtype (as safetensors spells it) and shape.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+        metadata: text for every shard's header.
+
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Mapping[str, TensorHeader],
+        max_shard_bytes: int,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._folder, self._layout = folder, dict(layout)
+        self._metadata = {"format": "pt", **metadata}
+        self._shards = shard_layout(self._layout, max_shard_bytes)
+        self._files = shard_names(len(self._shards))
+        self._pending = [(name, index) for index, shard in enumerate(self._shards) for name in shard]
+        self._position = 0
+        self._file: BinaryIO | None = None
+        self._shard = -1
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None:
+            if self._position != len(self._pending):
+                raise RuntimeError(f"only {self._position} of {len(self._pending)} tensors were written")
+            self._write_index()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The tensors in the order they must be written."""
+        return tuple(name for name, _ in self._pending)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the shards."""
+        return self._files
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor of the layout, cast to the layout's dtype."""
+        expected, shard = self._pending[self._position]
+        header = self._layout[name]
+        if name != expected or tuple(tensor.shape) != header.shape:
+            raise RuntimeError(f"tensor {name!r} {tuple(tensor.shape)} where {expected!r} {header.shape} was due")
+        if shard != self._shard:
+            self._begin(shard)
+        assert self._file is not None
+        stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
+        self._file.write(memoryview(stored.reshape(-1).view(torch.uint8).numpy()))
+        self._position += 1
+
+    def _begin(self, shard: int) -> None:
+        if self._file is not None:
+            self._file.close()
+        header, offset = {"__metadata__": self._metadata}, 0
+        for name in self._shards[shard]:
+            entry = self._layout[name]
+            header[name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.nbytes],
+            }  # type: ignore[assignment]
+            offset += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = (self._folder / self._files[shard]).open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._shard = shard
+
+    def _write_index(self) -> None:
+        if len(self._shards) == 1:
+            return
+        total = sum(header.nbytes for header in self._layout.values())
+        weight_map = {name: self._files[shard] for name, shard in self._pending}
+        index = {"metadata": {"total_size": total, **self._metadata}, "weight_map": weight_map}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def shard_layout(layout: Mapping[str, TensorHeader], max_shard_bytes: int) -> list[list[str]]:
+    """Cut a layout into shards of at most `max_shard_bytes` (a larger tensor gets a shard of its own), in order.
+
+    Inside a shard, tensors of wider dtypes come first, so that every tensor starts at a multiple of its entry's size.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, header in layout.items():
+        if shards[-1] and used + header.nbytes > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += header.nbytes
+    return [sorted(shard, key=lambda name: -DTYPE_BYTES[layout[name].dtype]) for shard in shards]
+
+
+def shard_names(count: int) -> tuple[str, ...]:
+    """Return the file names that transformers expects for this number of shards."""
+    if count == 1:
+        return ("model.safetensors",)
+    return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+
+
+def parse_size(text: str | int) -> int:
+    """Return a number of bytes from a number or a text such as '5GB' or '500MB' (powers of ten).
+
+    Raises:
+        ValueError: it is not such a text.
+
+    """
+    if isinstance(text, int):
+        return text
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
+    for unit, factor in units.items():
+        if text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    return int(text)
+
+
+def largest(headers: Iterable[TensorHeader]) -> int:
+    """Return the number of entries of the largest tensor."""
+    return max((header.numel for header in headers), default=0)
+
+
+__all__ = ["DTYPE_BYTES", "DTYPE_NAMES", "TORCH_DTYPES", "Checkpoint", "CheckpointWriter", "largest", "parse_size"]

@@ -1,0 +1,224 @@
+"""Curvatures: symmetric positive-semidefinite linear maps that say which directions of a weight matter to a task.
+
+A weight θ of a linear module has shape ``[out, in]``, as PyTorch stores it, and nothing is ever flattened or transposed:
+an input Gram A ``[in, in]`` acts from the right (V A), an output Gram B ``[out, out]`` from the left (B V). Inner products
+are ``(a * b).sum()``. ``+`` is always exact: it stays in a class that is closed under addition and is a `Sum` otherwise.
+Adding the factors of two Kronecker products would be wrong, so that is never done. Damping is written out as
+``curvature + Identity(λ)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Curvature(ABC):
+    """A symmetric positive-semidefinite linear map C on tensors shaped like one weight."""
+
+    @abstractmethod
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return C · value, in the shape of `value`."""
+
+    @abstractmethod
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the diagonal of C for a weight of this shape, in that shape."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Curvature:
+        """Return factor · C; `factor` must not be negative."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Curvature:
+        """Return the same map, stored on `device` in `dtype`."""
+
+    def __add__(self, other: Curvature) -> Curvature:
+        terms = (*_terms(self), *_terms(other))
+        total = [terms[0]]
+        for term in terms[1:]:
+            for position, held in enumerate(total):
+                joined = _closed_sum(held, term)
+                if joined is not None:
+                    total[position] = joined
+                    break
+            else:
+                total.append(term)
+        return total[0] if len(total) == 1 else Sum(tuple(total))
+
+
+@dataclass(frozen=True)
+class Identity(Curvature):
+    """C = scale · I: every direction matters alike, which gives the average of the experts."""
+
+    scale: float = 1.0
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return scale · value."""
+        return self.scale * value
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return a tensor filled with the scale."""
+        return torch.full(shape, self.scale)
+
+    def scaled(self, factor: float) -> Identity:
+        """Return factor · C."""
+        return Identity(self.scale * _nonnegative(factor))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Identity:
+        """Return itself: nothing is stored."""
+        return self
+
+
+@dataclass(frozen=True)
+class Diagonal(Curvature):
+    """C = diag(d), for instance the diagonal of the Fisher (Matena & Raffel 2022); d has the weight's shape."""
+
+    values: Tensor
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return d * value."""
+        return self.values * value
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return d."""
+        return self.values.expand(shape)
+
+    def scaled(self, factor: float) -> Diagonal:
+        """Return factor · C."""
+        return Diagonal(self.values * _nonnegative(factor))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Diagonal:
+        """Return the same map on `device` in `dtype`."""
+        return Diagonal(self.values.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Gram(Curvature):
+    """C = I ⊗ A with A ``[in, in]`` the input Gram E[x xᵀ]: V ↦ V A (RegMean, Jin et al. 2023)."""
+
+    matrix: Tensor
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return value · A."""
+        return value @ self.matrix
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the diagonal of A in every row."""
+        return self.matrix.diagonal().expand(shape)
+
+    def scaled(self, factor: float) -> Gram:
+        """Return factor · C."""
+        return Gram(self.matrix * _nonnegative(factor))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Gram:
+        """Return the same map on `device` in `dtype`."""
+        return Gram(self.matrix.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Kronecker(Curvature):
+    """C = B ⊗ A with B ``[out, out]`` = E[g gᵀ] and A ``[in, in]`` = E[x xᵀ]: V ↦ B V A (K-FAC, Martens & Grosse 2015)."""
+
+    output: Tensor
+    input: Tensor
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return B · value · A."""
+        return self.output @ value @ self.input
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the outer product of the diagonals of B and A."""
+        return torch.outer(self.output.diagonal(), self.input.diagonal())
+
+    def scaled(self, factor: float) -> Kronecker:
+        """Return factor · C."""
+        return Kronecker(self.output * _nonnegative(factor), self.input)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Kronecker:
+        """Return the same map on `device` in `dtype`."""
+        return Kronecker(self.output.to(device, dtype), self.input.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Dense(Curvature):
+    """C as a full matrix ``[n, n]`` over the n entries of the weight, for small ones such as (IA)³ vectors."""
+
+    matrix: Tensor
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return C · vec(value) in the shape of `value`."""
+        return (self.matrix @ value.reshape(-1)).reshape(value.shape)
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the diagonal of C in the weight's shape."""
+        return self.matrix.diagonal().reshape(shape)
+
+    def scaled(self, factor: float) -> Dense:
+        """Return factor · C."""
+        return Dense(self.matrix * _nonnegative(factor))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Dense:
+        """Return the same map on `device` in `dtype`."""
+        return Dense(self.matrix.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Sum(Curvature):
+    """C = Σ Cⱼ, kept as its terms because they have no closed sum."""
+
+    terms: tuple[Curvature, ...]
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return Σ Cⱼ · value."""
+        total = self.terms[0].matvec(value)
+        for term in self.terms[1:]:
+            total = total + term.matvec(value)
+        return total
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the sum of the terms' diagonals."""
+        total = self.terms[0].diagonal(shape)
+        for term in self.terms[1:]:
+            total = total + term.diagonal(shape).to(total.device)
+        return total
+
+    def scaled(self, factor: float) -> Sum:
+        """Return factor · C."""
+        return Sum(tuple(term.scaled(factor) for term in self.terms))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Sum:
+        """Return the same map on `device` in `dtype`."""
+        return Sum(tuple(term.to(device, dtype) for term in self.terms))
+
+
+def _terms(curvature: Curvature) -> tuple[Curvature, ...]:
+    return curvature.terms if isinstance(curvature, Sum) else (curvature,)
+
+
+def _closed_sum(a: Curvature, b: Curvature) -> Curvature | None:
+    """Return a + b where the sum is again of a simple kind, else None."""
+    match (a, b):
+        case (Identity(), Identity()):
+            return Identity(a.scale + b.scale)
+        case (Diagonal(), Diagonal()):
+            return Diagonal(a.values + b.values)
+        case (Gram(), Gram()):
+            return Gram(a.matrix + b.matrix)
+        case (Dense(), Dense()):
+            return Dense(a.matrix + b.matrix)
+        case (Diagonal(), Identity()):
+            return Diagonal(a.values + b.scale)
+        case (Gram() | Dense(), Identity()):
+            return type(a)(a.matrix + b.scale * torch.eye(len(a.matrix), dtype=a.matrix.dtype, device=a.matrix.device))
+        case (Identity(), Diagonal() | Gram() | Dense()):
+            return _closed_sum(b, a)
+    return None
+
+
+def _nonnegative(factor: float) -> float:
+    if not factor >= 0:
+        raise ValueError(f"a curvature can only be scaled by a number that is not negative, not by {factor}")
+    return factor

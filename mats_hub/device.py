@@ -1,0 +1,23 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from mats_hub.errors import RecipeError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device a name stands for; ``auto`` takes a CUDA device, else Apple's, else the CPU.
+
+    Raises:
+        RecipeError: the device is not on this machine.
+
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.split(":")[0], False):
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise RecipeError(f"device {name!r} is not on this machine; it has: {usable}")
+    return torch.device(name)

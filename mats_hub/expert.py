@@ -1,0 +1,113 @@
+"""Experts: a full checkpoint or an adapter behind one face, their task vectors addressed by the reference's names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+from mats_hub.adapter import TASK_CLASSES, LoraAdapter
+from mats_hub.architecture import Architecture, align, describe
+from mats_hub.checkpoint import Checkpoint
+from mats_hub.delta import Delta, DenseDelta
+from mats_hub.source import Source
+
+
+class Expert:
+    """One fine-tuned model.
+
+    Attributes:
+        name: what its task is called in the merged model.
+        weight: how much it counts.
+        source: where its files are.
+        adapter: its adapter, or None for a full checkpoint.
+        names: reference tensor → the expert's own name for it; filled by `align_to`.
+        extra: the expert's own tensors that the reference does not have (heads), held whole.
+
+    Raises:
+        CheckpointError: its files are not a well-formed checkpoint or adapter.
+
+    """
+
+    def __init__(self, source: Source, name: str, weight: float = 1.0) -> None:
+        self.source, self.name, self.weight = source, name, weight
+        self.adapter = LoraAdapter(source) if "adapter_config.json" in source.sizes else None
+        self.checkpoint = self.adapter.checkpoint if self.adapter else Checkpoint(source)
+        self.names: dict[str, str] = {}
+        self.extra: list[str] = []
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return f"LoRA adapter (rank {self.adapter.rank})" if self.adapter else "full checkpoint"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json; empty for an adapter without one."""
+        return self.checkpoint.config
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """Tensors it holds whole: its own name for them → their name in the file."""
+        return self.adapter.saved if self.adapter else {name: name for name in self.checkpoint.headers}
+
+    def align_to(self, reference: Collection[str]) -> None:
+        """Find the expert's own name for each reference tensor, following prefixes and tied weights."""
+        own = [*self.whole, *(self.adapter.factors if self.adapter else ())]
+        mapping = align(own, reference)
+        self.names = {target: name for name, target in mapping.items()}
+        tied = {} if self.adapter else self.architecture.tied
+        for alias, stored in tied.items():
+            if alias in reference and alias not in self.names and stored in self.checkpoint.headers:
+                self.names[alias] = stored
+        self.extra = [name for name in own if name not in mapping and name not in tied]
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its config says of its tensors."""
+        return describe(self.config)
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        """Return the shape of the weight behind one of its own names."""
+        if self.adapter and own in self.adapter.factors:
+            return self.adapter.factors[own].shape
+        return self.checkpoint.headers[self.whole[own]].shape
+
+    def holds(self, key: str) -> bool:
+        """Tell whether it holds or changes a reference tensor; an adapter leaves the others as they are in the base."""
+        return key in self.names
+
+    def whole_tensor(self, own: str) -> Tensor:
+        """Return a tensor it holds whole, by its own name, as stored."""
+        return self.checkpoint.tensor(self.whole[own])
+
+    def delta(self, key: str, origin: Tensor) -> Delta | None:
+        """Return the task vector at a reference tensor, from `origin` (float32); None where an adapter changes nothing."""
+        own = self.names.get(key)
+        if own is None:
+            return None
+        if self.adapter and own in self.adapter.factors:
+            return self.adapter.delta(own)
+        return DenseDelta(self.whole_tensor(own).to(origin) - origin)
+
+    def task_config(self, base_config: dict[str, Any]) -> dict[str, Any]:
+        """Return the config that, with the merged body and this expert's head, gives back its model."""
+        if not self.adapter:
+            return self.config
+        if self.config:
+            return self.config
+        config = dict(base_config)
+        heads = [self.shape(own) for own in self.extra if own.rsplit(".", 1)[-1] == "weight"]
+        if self.adapter.options.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and heads:
+            count = heads[-1][0]
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+        return config
+
+    @property
+    def auto_class(self) -> str:
+        """The transformers class that loads this expert: its own, or the one its adapter's task type names."""
+        if self.adapter and not self.config:
+            return TASK_CLASSES.get(str(self.adapter.options.get("task_type")), "AutoModel")
+        return self.architecture.class_name or "AutoModel"

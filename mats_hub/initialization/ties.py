@@ -1,0 +1,107 @@
+"""TIES-Merging: trim, elect sign, disjoint mean (Yadav et al. 2023, https://arxiv.org/abs/2306.01708)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mats_hub.initialization.context import Context
+
+
+def ties(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    context: Context,
+    *,
+    scale: float = 1.0,
+    density: float = 0.2,
+    trim: str = "global",
+) -> Tensor:
+    """Return scale · (mean over the experts that agree with the elected sign), in the deltas' shape.
+
+    1. Trim: of each expert keep the largest `density` of its entries by magnitude, over its whole task vector
+       (`context.thresholds`, as in the paper) or, without them, over this weight alone.
+    2. Elect: the sign of Σ wᵢ δᵢ per entry; a sum of exactly zero elects +.
+    3. Merge: Σ wᵢ δᵢ / Σ wᵢ over the experts whose entry is kept and has the elected sign.
+
+    `trim` says which of the two the recipe asks for; it acts through `context.thresholds`.
+    """
+    cuts = context.thresholds or tuple(_threshold(delta, density) for delta in deltas)
+    trimmed = [torch.where(delta.abs() >= cut, delta, 0) for delta, cut in zip(deltas, cuts, strict=True)]
+    weighted = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
+    positive = torch.stack(weighted).sum(0) >= 0
+    total, mass = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])
+    for delta, weight in zip(weighted, weights, strict=True):
+        agrees = torch.where(positive, delta > 0, delta < 0)
+        total += torch.where(agrees, delta, 0)
+        mass += agrees * abs(weight)
+    return scale * torch.where(mass > 0, total / torch.where(mass > 0, mass, 1), 0)
+
+
+def kept_rank(count: int, density: float) -> int:
+    """Return which smallest magnitude (1-based) is the first one kept of `count` entries; 1 keeps all.
+
+    The rule of the authors' code, deterministic under equal magnitudes: entries at least as large as the
+    (count − int(count · density))-th smallest stay.
+    """
+    return max(1, count - int(count * density))
+
+
+def _threshold(delta: Tensor, density: float) -> float:
+    return float(delta.abs().flatten().float().kthvalue(kept_rank(delta.numel(), density)).values)
+
+
+class MagnitudeRank:
+    """The k-th smallest magnitude of a vector too large to hold, exact, in two streaming passes.
+
+    The bits of a non-negative float32 grow with its value, so the magnitude's upper 16 bits are counted in a first pass
+    and, inside the one bin that holds the k-th, the lower 15 bits in a second. Memory: 64 Ki counters.
+
+    Use: `add` every part; `narrow`; `add` every part again; `value`.
+    """
+
+    LOW_BITS = 15
+
+    def __init__(self, density: float) -> None:
+        self._density = density
+        self._counts = torch.zeros(1 << 16, dtype=torch.int64)
+        self._bin: int | None = None
+        self._rank = 0
+
+    def add(self, part: Tensor) -> None:
+        """Count the magnitudes of a part, of any shape."""
+        bits = part.detach().to(torch.float32).abs().flatten().view(torch.int32)
+        high = bits >> self.LOW_BITS
+        if self._bin is None:
+            self._counts += torch.bincount(high, minlength=1 << 16).cpu()
+        else:
+            low = bits[high == self._bin] & ((1 << self.LOW_BITS) - 1)
+            self._counts += torch.bincount(low, minlength=1 << self.LOW_BITS).cpu()
+
+    def narrow(self) -> None:
+        """End the first pass: find the bin that holds the wanted rank."""
+        count = int(self._counts.sum())
+        self._bin, self._rank = self._locate(kept_rank(count, self._density) if count else 0)
+        self._counts = torch.zeros(1 << self.LOW_BITS, dtype=torch.int64)
+
+    def value(self) -> float:
+        """End the second pass: the magnitude of the wanted rank (0 for an empty vector)."""
+        if self._bin is None:
+            raise RuntimeError("MagnitudeRank.value before narrow()")
+        if self._rank == 0:
+            return 0.0
+        low, _ = self._locate(self._rank)
+        bits = torch.tensor([(self._bin << self.LOW_BITS) | low], dtype=torch.int32)
+        value = float(bits.view(torch.float32))
+        return value if math.isfinite(value) else math.inf
+
+    def _locate(self, rank: int) -> tuple[int, int]:
+        """Return the bin that holds the 1-based rank, and the rank inside it."""
+        if rank == 0:
+            return 0, 0
+        cumulative = self._counts.cumsum(0)
+        position = int(torch.searchsorted(cumulative, rank))
+        return position, rank - (int(cumulative[position - 1]) if position else 0)

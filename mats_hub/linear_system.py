@@ -1,0 +1,69 @@
+"""The linear system behind every merge: (Σ wᵢ Cᵢ) x = Σ wᵢ Cᵢ δᵢ (Tam, Bansal & Raffel 2024, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from mats_hub.curvature import Curvature
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """The system A x = b of one weight, with A = Σ wᵢ Cᵢ and b = Σ wᵢ Cᵢ δᵢ.
+
+    Attributes:
+        curvatures: wᵢ Cᵢ, one per expert, in the experts' order.
+        deltas: δᵢ, the experts' task vectors, each in the weight's shape.
+
+    """
+
+    curvatures: tuple[Curvature, ...]
+    deltas: tuple[Tensor, ...]
+
+    @cached_property
+    def operator(self) -> Curvature:
+        """A = Σ wᵢ Cᵢ, exact."""
+        return reduce(add, self.curvatures)
+
+    @cached_property
+    def rhs(self) -> Tensor:
+        """b = Σ wᵢ Cᵢ δᵢ."""
+        return _sum(c.matvec(d) for c, d in zip(self.curvatures, self.deltas, strict=True))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return b − A x, computed as Σ wᵢ Cᵢ (δᵢ − x).
+
+        The two are the same in exact arithmetic; the second form is exactly zero where the experts agree with x, so
+        that identical experts are a fixed point, and it loses no digits when x is near the experts.
+        """
+        return _sum(c.matvec(d - x) for c, d in zip(self.curvatures, self.deltas, strict=True))
+
+
+def match(curvatures: Sequence[Curvature], deltas: Sequence[Tensor], weights: Sequence[float]) -> LinearSystem:
+    """Return the system that matches the experts in the subspaces of their curvatures.
+
+    Args:
+        curvatures: Cᵢ of each expert at one weight.
+        deltas: δᵢ of each expert at that weight, all of one shape.
+        weights: wᵢ of each expert, not negative.
+
+    Raises:
+        ValueError: the three sequences differ in length, are empty, or the shapes differ.
+
+    """
+    if not len(curvatures) == len(deltas) == len(weights) > 0:
+        raise ValueError(f"{len(curvatures)} curvatures, {len(deltas)} deltas and {len(weights)} weights: one of each per expert")
+    if len({delta.shape for delta in deltas}) > 1:
+        raise ValueError(f"deltas of different shapes: {[tuple(delta.shape) for delta in deltas]}")
+    scaled = tuple(c if w == 1 else c.scaled(w) for c, w in zip(curvatures, weights, strict=True))
+    return LinearSystem(scaled, tuple(deltas))
+
+
+def _sum(tensors) -> Tensor:  # type: ignore[no-untyped-def]
+    return reduce(torch.add, tensors)

@@ -1,0 +1,426 @@
+"""The recipe: one frozen, validated description of a merge, and the table of named methods.
+
+The same schema is behind the Python arguments, the command line's flags, the YAML file, the card and the replay.
+Nothing heavier than pydantic is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mats_hub.errors import RecipeError, unknown
+
+RECIPE_FILE = "mats_recipe.yaml"
+
+CurvatureKind = Literal["gram", "kfac", "fisher"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class Part(BaseModel):
+    """Any part of a recipe: frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Average(Part):
+    """The weighted mean of the experts."""
+
+    method: Literal["average"] = "average"
+
+
+class TaskArithmetic(Part):
+    """The base plus a scaled sum of task vectors."""
+
+    method: Literal["task_arithmetic"] = "task_arithmetic"
+    scale: Finite = Field(0.3, description="factor of the sum of task vectors")
+
+
+class Ties(Part):
+    """Trim, elect sign, disjoint mean."""
+
+    method: Literal["ties"] = "ties"
+    scale: Finite = Field(1.0, description="factor of the merged task vector")
+    density: Density = Field(0.2, description="fraction of entries kept, in (0, 1]")
+    trim: Literal["global", "per_tensor"] = Field("global", description="what the density is a fraction of")
+
+
+class Dare(Part):
+    """Drop entries at random, rescale the rest, sum."""
+
+    method: Literal["dare"] = "dare"
+    scale: Finite = Field(0.3, description="factor of the sum of task vectors")
+    density: Density = Field(0.5, description="fraction of entries kept, in (0, 1]")
+
+
+Initialization = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method")]
+INITIALIZATION_OPTIONS: dict[str, type[Part]] = {
+    "average": Average,
+    "task_arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare": Dare,
+}
+
+
+class Curvature(Part):
+    """Which directions of each weight matter to each task, and how the tasks are brought to one scale."""
+
+    kind: CurvatureKind = Field("kfac", description="gram (inputs), kfac (inputs and output gradients) or fisher (diagonal)")
+    off_diagonal: float = Field(1.0, ge=0, le=1, description="factor of the Grams' off-diagonal entries (RegMean: 0.9)")
+    floor: NonNegative = Field(0.0, description="smallest value of a Fisher entry")
+    normalization: Literal["none", "trace", "frobenius"] = Field(
+        "none", description="brings each expert's curvature at each weight to mean diagonal or Frobenius norm one"
+    )
+
+
+class Solver(Part):
+    """How the linear system is solved from the initialization."""
+
+    method: Literal["cg", "exact"] = Field("cg", description="conjugate gradient, or the closed form where there is one")
+    iterations: int = Field(100, ge=0, le=100_000, description="conjugate-gradient steps; stopping there is part of the method")
+    tolerance: float = Field(0.0, ge=0, lt=1, description="stop earlier once the relative residual is below this")
+    preconditioner: Literal["none", "kronecker"] = Field(
+        "none", description="none is the paper's path; kronecker (K-FAC only) needs far fewer iterations"
+    )
+
+
+class ExpertEntry(Part):
+    """One expert of a recipe."""
+
+    model: str = Field(description="Hub id 'owner/name[@revision]' or a folder")
+    name: str | None = Field(None, pattern=r"^[\w][\w.-]*$", description="what its task is called; the id's last part otherwise")
+    weight: Positive = Field(1.0, description="how much it counts")
+    statistics: str | None = Field(None, description="file with its statistics; looked for beside the expert otherwise")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given")
+
+
+class Output(Part):
+    """How the merged model is written."""
+
+    dtype: Literal["stored", "float32", "float16", "bfloat16"] = Field("stored", description="dtype of merged weights")
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$", description="largest shard")
+
+
+class Recipe(Part):
+    """A merge, completely described; every field has its final value.
+
+    Build one with `Recipe.build` (arguments), `Recipe.from_mapping` or `Recipe.load` (YAML): they fill in what the named
+    method implies.
+    """
+
+    method: str = Field("auto", description="the named method; auto takes mats where there are statistics, else ties")
+    base: str | None = Field(None, description="the pretrained model; an adapter's own base when not given")
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1)
+    initialization: Initialization = Field(default_factory=Average)
+    curvature: Curvature | None = None
+    solver: Solver | None = None
+    unmatched: Literal["error", "initialize"] = Field(
+        "error", description="what to do with a module that some experts have no statistics for"
+    )
+    include: tuple[str, ...] = Field((), description="patterns of tensors to merge; all when empty")
+    exclude: tuple[str, ...] = Field((), description="patterns of tensors to take from the base unchanged")
+    keep_per_task: tuple[str, ...] = Field((), description="patterns of tensors to keep per expert beside the merged ones")
+    allow_other_base: bool = Field(False, description="accept adapters that name another base (a mirror of this one)")
+    tokenizer: str | None = Field(None, description="model the tokenizer and processor files come from; the base otherwise")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
+    output: Output = Field(default_factory=Output)
+
+    @field_validator("experts")
+    @classmethod
+    def _names_differ(cls, experts: tuple[ExpertEntry, ...]) -> tuple[ExpertEntry, ...]:
+        given = [expert.name for expert in experts if expert.name]
+        repeated = {name for name in given if given.count(name) > 1}
+        if repeated:
+            raise ValueError(f"two experts are named {sorted(repeated)[0]!r}; give each its own name")
+        return experts
+
+    @model_validator(mode="after")
+    def _curvature_has_solver(self) -> Recipe:
+        if (self.curvature is None) != (self.solver is None):
+            raise ValueError("a curvature needs a solver and a solver needs a curvature; give both or neither")
+        kfac = self.curvature is not None and self.curvature.kind == "kfac"
+        if self.solver is not None and self.solver.preconditioner == "kronecker" and not kfac:
+            raise ValueError("preconditioner 'kronecker' belongs to curvature kind 'kfac'; use 'none', or solver method 'exact'")
+        return self
+
+    @classmethod
+    def build(cls, experts: Sequence[str | Mapping[str, Any]], **options: Any) -> Recipe:
+        """Return a recipe from experts and flat options, as the command line gives them.
+
+        Args:
+            experts: Hub ids, folders, or mappings with the fields of `ExpertEntry`.
+            **options: fields of the recipe, or of its parts by their own name (``scale=0.3`` for the initialization's,
+                ``iterations=50`` for the solver's); ``initialization``, ``curvature`` and ``solver`` take a name.
+
+        Raises:
+            RecipeError: an option is unknown or has a value it cannot have.
+
+        """
+        entries = [{"model": str(e)} if isinstance(e, str | Path) else dict(e) for e in experts]
+        content: dict[str, Any] = {"experts": entries}
+        for part, key in (("initialization", "method"), ("curvature", "kind"), ("solver", "method")):
+            value = options.pop(part, None)
+            if value is not None:
+                content[part] = {key: value} if isinstance(value, str) else _plain(value)
+        for name, value in options.items():
+            if value is None:
+                continue
+            owner = OPTION_OWNERS.get(name)
+            if owner is None and name not in cls.model_fields:
+                raise RecipeError(unknown("option", name, [*cls.model_fields, *OPTION_OWNERS]))
+            if owner is None:
+                content[name] = value
+            else:
+                content.setdefault(owner, {})[name] = value
+        return cls.from_mapping(content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            RecipeError: the file is not there, is not YAML, or is no valid recipe.
+
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from None
+        return cls.from_yaml(text, str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, label: str = "recipe") -> Recipe:
+        """Return the recipe in a YAML text (read by ``safe_load``).
+
+        Raises:
+            RecipeError: it is not YAML or no valid recipe.
+
+        """
+        try:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise RecipeError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise RecipeError(f"{label} holds no mapping; it needs at least 'experts:', a list of models")
+        return cls.from_mapping(content)
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any]) -> Recipe:
+        """Return a recipe from a mapping, with what the named method implies filled in.
+
+        Raises:
+            RecipeError: a key is unknown, a value cannot be, or an option belongs to another method.
+
+        """
+        filled = _fill_in(dict(content))
+        try:
+            return cls.model_validate(filled)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from None
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, every value written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def resolve(self, has_statistics: bool) -> Recipe:
+        """Return the recipe with method ``auto`` replaced by what fits: MaTS with statistics, else a data-free method."""
+        if self.method != AUTO:
+            return self
+        content = self.model_dump(exclude={"initialization", "curvature", "solver"})
+        return self.from_mapping({**content, "method": "mats" if has_statistics else DATA_FREE_DEFAULT})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One named method: which parts it is made of, and what to say of it.
+
+    Attributes:
+        title: its name in prose.
+        summary: one sentence.
+        equation: LaTeX, for the card.
+        paper: title and authors.
+        arxiv: the paper's arXiv id.
+        initialization: its initialization and options.
+        curvature: its curvature and options, or None when nothing is matched.
+        solver: its solver and options, or None.
+
+    """
+
+    title: str
+    summary: str
+    equation: str
+    paper: str
+    arxiv: str
+    initialization: Mapping[str, Any]
+    curvature: Mapping[str, Any] | None = None
+    solver: Mapping[str, Any] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "average": Method(
+        "Average",
+        "The weighted mean of the experts.",
+        r"\theta = \frac{\sum_i w_i \theta_i}{\sum_i w_i}",
+        "Model soups (Wortsman et al., 2022)",
+        "2203.05482",
+        {"method": "average"},
+    ),
+    "task_arithmetic": Method(
+        "Task Arithmetic",
+        "The base plus a scaled sum of the task vectors.",
+        r"\theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)",
+        "Editing Models with Task Arithmetic (Ilharco et al., 2023)",
+        "2212.04089",
+        {"method": "task_arithmetic"},
+    ),
+    "ties": Method(
+        "TIES",
+        "Small entries of the task vectors are trimmed, a sign is elected, agreeing entries are averaged.",
+        r"\theta = \theta_0 + \lambda \, \mathrm{mean}_{i:\, \mathrm{sign}(\hat\tau_i) = \gamma}\, \hat\tau_i",
+        "TIES-Merging (Yadav et al., 2023)",
+        "2306.01708",
+        {"method": "ties"},
+    ),
+    "dare": Method(
+        "DARE",
+        "Entries of the task vectors are dropped at random and the rest rescaled, then summed.",
+        r"\theta = \theta_0 + \lambda \sum_i w_i \, \frac{m_i \odot (\theta_i - \theta_0)}{p}",
+        "Language Models are Super Mario (Yu et al., 2024)",
+        "2311.03099",
+        {"method": "dare"},
+    ),
+    "fisher": Method(
+        "Fisher merging",
+        "An average weighted, entry by entry, by the diagonal of each expert's Fisher.",
+        r"\Big(\sum_i w_i F_i\Big)\,\theta = \sum_i w_i F_i\, \theta_i",
+        "Merging Models with Fisher-Weighted Averaging (Matena & Raffel, 2022)",
+        "2111.09832",
+        {"method": "average"},
+        {"kind": "fisher", "floor": 1e-8},
+        {"method": "exact"},
+    ),
+    "regmean": Method(
+        "RegMean",
+        "The least-squares match of every linear module's outputs on each expert's inputs.",
+        r"W \sum_i w_i G_i = \sum_i w_i W_i G_i",
+        "Dataless Knowledge Fusion (Jin et al., 2023)",
+        "2212.09849",
+        {"method": "average"},
+        {"kind": "gram", "off_diagonal": 0.9},
+        {"method": "exact"},
+    ),
+    "mats": Method(
+        "MaTS",
+        "Experts are matched in their task parameter subspaces: a linear system solved by conjugate gradient from an "
+        "initialization.",
+        r"\sum_i w_i C_i\, \theta = \sum_i w_i C_i\, \theta_i",
+        "Merging by Matching Models in Task Parameter Subspaces (Tam, Bansal & Raffel, 2024)",
+        "2312.04339",
+        {"method": "average"},
+        {"kind": "kfac"},
+        {"method": "cg", "iterations": 100},
+    ),
+}
+"""Every named method. A new one is a row here (and, for a new initialization, an options class above)."""
+
+AUTO = "auto"
+"""The method of a recipe that leaves the choice to what is there: MaTS with statistics, else `DATA_FREE_DEFAULT`."""
+
+DATA_FREE_DEFAULT = "ties"
+"""What is used when no method is named and the experts have no statistics."""
+
+OPTION_OWNERS: dict[str, str] = {
+    **{
+        name: "initialization"
+        for options in INITIALIZATION_OPTIONS.values()
+        for name in options.model_fields
+        if name != "method"
+    },
+    **{name: "curvature" for name in Curvature.model_fields if name != "kind"},
+    **{name: "solver" for name in Solver.model_fields if name != "method"},
+    **{name: "output" for name in Output.model_fields},
+}
+"""Flat option → the part of the recipe it belongs to."""
+
+
+def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
+    """Put in what the method's row says for the parts and options that were not given."""
+    if isinstance(content.get("experts"), list):
+        content["experts"] = [{"model": e} if isinstance(e, str) else e for e in content["experts"]]
+    parts_given = any(content.get(part) is not None for part in ("initialization", "curvature", "solver"))
+    name = content.setdefault("method", "mats" if parts_given else AUTO)
+    if name == AUTO and not parts_given:
+        return content
+    if name not in METHODS:
+        raise RecipeError(unknown("method", name, [AUTO, *METHODS]))
+    row = METHODS[name]
+    for part, key in (("initialization", "method"), ("curvature", "kind"), ("solver", "method")):
+        implied, given = getattr(row, part), content.get(part)
+        given = {key: given} if isinstance(given, str) else given
+        if implied is None:
+            if given is not None:
+                raise RecipeError(f"method {name!r} has no {part} to choose; leave it out, or use method 'mats'")
+            content[part] = None
+            continue
+        if given is not None and not isinstance(given, Mapping):
+            raise RecipeError(f"{part} must be a name or a mapping of options, not {given!r}")
+        given = dict(given or {})
+        if name != "mats" and given.get(key, implied[key]) != implied[key]:
+            way_out = "use method 'mats', which takes any" if name in ("fisher", "regmean") else "name that method instead"
+            raise RecipeError(f"method {name!r} has {part} {implied[key]!r}, not {given[key]!r}; {way_out}")
+        content[part] = {**implied, **given} if given.get(key, implied[key]) == implied[key] else given
+    return content
+
+
+def _explain(error: ValidationError) -> str:
+    """Return pydantic's findings as sentences that name the key, the value and what would be accepted."""
+    found = error.errors()
+    if len(found) > 1:  # a list with a bad entry is also reported as too short
+        found = [details for details in found if details["type"] != "too_short"]
+    return "; ".join(_sentence(details) for details in found)
+
+
+def _sentence(details: Any) -> str:
+    place = [str(step) for step in details["loc"]]
+    where = ".".join(step for step in place if step not in INITIALIZATION_OPTIONS)
+    if details["type"] == "extra_forbidden":
+        owner = _part_at(place[:-1])
+        return f"{where}: {unknown('key', place[-1], owner.model_fields)}"
+    if details["type"] == "union_tag_invalid":
+        return f"{where}: {unknown('initialization', details['ctx'].get('tag'), INITIALIZATION_OPTIONS)}"
+    if details["type"] == "literal_error":
+        known = [part.strip(" '") for part in details["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"{where}: {unknown('value', details['input'], known)}"
+    if details["type"] == "missing":
+        return f"{where} is missing"
+    message = details["msg"].removeprefix("Value error, ")
+    shown = "" if details["type"] == "value_error" else f" (it is {str(details['input'])[:80]!r})"
+    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+
+
+def _part_at(place: Sequence[str]) -> type[Part]:
+    """Return the schema class that a location in a recipe belongs to."""
+    owner: type[Part] = Recipe
+    for step in place:
+        if step == "experts":
+            owner = ExpertEntry
+        elif step in INITIALIZATION_OPTIONS:
+            owner = INITIALIZATION_OPTIONS[step]
+        elif step in ("curvature", "solver", "output"):
+            owner = {"curvature": Curvature, "solver": Solver, "output": Output}[step]
+    return owner
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value.model_dump() if isinstance(value, Part) else dict(value)
+
+
+CURVATURE_KINDS: tuple[str, ...] = get_args(CurvatureKind)

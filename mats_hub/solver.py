@@ -1,0 +1,265 @@
+"""Solvers of A x = b from an initialization x₀: conjugate gradient stopped after k iterations, and exact solvers.
+
+Both keep the initialization in directions that no expert's data ever saw (the null space of A): conjugate gradient by
+itself, since its steps lie in the range of A; the exact solvers by solving A z = b − A x₀ with a stated rank cut-off and
+returning x₀ + z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
+from mats_hub.errors import NumericalError
+from mats_hub.linear_system import LinearSystem
+
+
+class Outcome(StrEnum):
+    """How a solve ended; the values are what reports and cards show."""
+
+    ITERATIONS = "stopped after the iterations asked for"
+    CONVERGED = "reached the tolerance"
+    FIXED_POINT = "the initialization already solves it"
+    ROUNDING = "reached the rounding error of the arithmetic"
+    EXACT = "solved exactly"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns.
+
+    Attributes:
+        value: x, in the weight's shape.
+        outcome: how the solve ended.
+        iterations: the number of conjugate-gradient steps taken; 0 for an exact solver.
+        residuals: ‖b − A x‖ / ‖b‖ at the initialization and after each step, as the recurrence gives them.
+        residual: ‖b − A x‖ / ‖b‖ of `value`, recomputed.
+        iterates: x after each number of steps that was asked for.
+
+    """
+
+    value: Tensor
+    outcome: Outcome
+    iterations: int
+    residuals: tuple[float, ...]
+    residual: float
+    iterates: dict[int, Tensor] = field(default_factory=dict)
+
+
+Preconditioner = Callable[[Tensor], Tensor]
+
+
+def conjugate_gradient(
+    system: LinearSystem,
+    x0: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    preconditioner: Preconditioner | None = None,
+    iterates: Sequence[int] = (),
+) -> Solution:
+    """Solve A x = b by the conjugate gradient method (Hestenes & Stiefel 1952), at most `iterations` steps from `x0`.
+
+    The correction z = (x − x₀) / ‖b − A x₀‖ is what is iterated on: its right-hand side has norm one, so that neither
+    tiny nor huge curvatures under- or overflow, and the iterates are those of the textbook method.
+
+    Args:
+        system: the system of one weight.
+        x0: the initialization, in the weight's shape.
+        iterations: the largest number of steps; stopping there is part of the method, not a failure.
+        tolerance: stop as soon as ‖b − A x‖ < tolerance · ‖b‖, tested before each step.
+        preconditioner: r ↦ M⁻¹ r with M symmetric positive definite; another path than the plain method's, so that
+            the same number of steps gives another model.
+        iterates: numbers of steps at which to keep a copy of x, so that one run serves a search over k.
+
+    Raises:
+        NumericalError: a non-finite value, or a direction of negative curvature.
+
+    """
+    x, r = x0.clone(), system.residual(x0)
+    start, reference = _norms(system, r)
+    residuals = [start / reference]
+    if start == 0 or start < tolerance * reference:
+        return Solution(x, Outcome.FIXED_POINT, 0, tuple(residuals), residuals[0], dict.fromkeys(iterates, x))
+    r = r / start
+    precondition = preconditioner or (lambda residual: residual)
+    y = precondition(r)
+    p, ry = y, _dot(r, y)
+    floor = 8 * torch.finfo(x.dtype).eps
+    outcome, step, kept = Outcome.ITERATIONS, 0, {}
+    while step < iterations:
+        Ap = system.operator.matvec(p)
+        curvature = _dot(p, Ap)
+        if not math.isfinite(curvature) or not math.isfinite(ry):
+            raise NumericalError(f"a non-finite value at iteration {step + 1} of conjugate gradient")
+        if curvature <= 0 or ry <= 0:
+            if curvature >= -floor * _norm(p) * _norm(Ap) or residuals[-1] <= floor * residuals[0]:
+                outcome = Outcome.ROUNDING
+                break
+            raise NumericalError(f"negative curvature {curvature:.3g} at iteration {step + 1}: not positive semidefinite")
+        alpha = ry / curvature
+        x.add_(p, alpha=alpha * start)
+        r = r - alpha * Ap
+        step += 1
+        residuals.append(_norm(r) * start / reference)
+        if step in iterates:
+            kept[step] = x.clone()
+        if residuals[-1] < tolerance:
+            outcome = Outcome.CONVERGED
+            break
+        y = precondition(r)
+        ry, previous = _dot(r, y), ry
+        p = y + (ry / previous) * p
+    final = _norm(system.residual(x)) / reference
+    if not math.isfinite(final):
+        raise NumericalError(f"a non-finite solution after {step} iterations of conjugate gradient")
+    return Solution(x, outcome, step, tuple(residuals), final, {k: kept.get(k, x) for k in iterates})
+
+
+def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
+    """Return r ↦ P_B⁻¹ r P_A⁻¹, one Kronecker product near Σ Bᵢ ⊗ Aᵢ, or None when a term is no Kronecker product.
+
+    P_B = Σ Bᵢ tr(Aᵢ) / √t and P_A = Σ Aᵢ tr(Bᵢ) / √t with t = Σ tr(Bᵢ) tr(Aᵢ), each damped by `damping` times its mean
+    diagonal so that a rank-deficient sum can be factored.
+    """
+    terms = [c for c in system.curvatures if isinstance(c, Kronecker)]
+    if len(terms) != len(system.curvatures):
+        return None
+    traces = [(float(c.output.trace()), float(c.input.trace())) for c in terms]
+    total = math.sqrt(sum(b * a for b, a in traces))
+    if total == 0:
+        return None
+    output = reduce(add, (c.output * (a / total) for c, (_, a) in zip(terms, traces, strict=True)))
+    inner = reduce(add, (c.input * (b / total) for c, (b, _) in zip(terms, traces, strict=True)))
+    left, right = (_damped_cholesky(matrix, damping) for matrix in (output, inner))
+
+    def apply(residual: Tensor) -> Tensor:
+        return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
+
+    return apply
+
+
+def exact(system: LinearSystem, x0: Tensor) -> Solution:
+    """Solve A x = b where a closed form exists, keeping `x0` in the null space of A.
+
+    Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
+    numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
+    Factorizations run in float64 where the device has it. Directions whose eigenvalue is at most n · ε · λ_max, with ε the
+    spacing of the dtype of `x0`, count as unseen.
+
+    Raises:
+        NumericalError: a non-finite value.
+        ValueError: the system has no closed form (three or more Kronecker products, or mixed kinds).
+
+    """
+    r = system.residual(x0)
+    start, reference = _norms(system, r)
+    value = x0 + _closed_form(system, r).to(x0)
+    before, after = start / reference, _norm(system.residual(value)) / reference
+    if not math.isfinite(after):
+        raise NumericalError("a non-finite solution of the exact solver")
+    outcome = Outcome.FIXED_POINT if before == 0 else Outcome.EXACT
+    return Solution(value, outcome, 0, (before, after), after)
+
+
+def has_closed_form(kinds: Sequence[type]) -> bool:
+    """Tell whether `exact` solves a system of curvatures of these classes, one per expert."""
+    simple = set(kinds) <= {Identity, Diagonal} or set(kinds) <= {Identity, Gram} or set(kinds) <= {Identity, Dense}
+    return simple or (set(kinds) == {Kronecker} and len(kinds) <= 2)
+
+
+def _norms(system: LinearSystem, r: Tensor) -> tuple[float, float]:
+    """Return ‖r‖ and the norm it is measured against: ‖b‖, or ‖r‖ itself, or 1 where both are zero."""
+    start, b_norm = _norm(r), _norm(system.rhs)
+    if not math.isfinite(start) or not math.isfinite(b_norm):
+        raise NumericalError("the linear system has a non-finite right-hand side or initialization")
+    return start, b_norm or start or 1.0
+
+
+def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
+    """Return z with A z = r and no component in the null space of A."""
+    operator = system.operator
+    if isinstance(operator, Identity):
+        return r / operator.scale if operator.scale else torch.zeros_like(r)
+    if isinstance(operator, Diagonal):
+        seen = operator.values > 0
+        return torch.where(seen, r / torch.where(seen, operator.values, 1), 0)
+    if isinstance(operator, Gram):
+        return _solve_symmetric(operator.matrix, r.T).T
+    if isinstance(operator, Dense):
+        return _solve_symmetric(operator.matrix, r.reshape(-1, 1)).reshape(r.shape)
+    if isinstance(operator, Kronecker):
+        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r).T).T
+    pair = system.curvatures
+    if len(pair) == 2 and isinstance(pair[0], Kronecker) and isinstance(pair[1], Kronecker):
+        return _two_kronecker(pair[0], pair[1], r)
+    kinds = ", ".join(type(c).__name__ for c in pair)
+    raise ValueError(f"no closed form for {len(pair)} experts with curvatures {kinds}: use conjugate gradient")
+
+
+def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor) -> Tensor:
+    """Solve B₁ Z A₁ + B₂ Z A₂ = r by diagonalizing (B₁, B₂) and (A₁, A₂) at once.
+
+    With Pᵀ B₁ P = diag(s), Pᵀ (B₁ + B₂) P = I and likewise R, g for A, Y = P⁻¹ Z R⁻ᵀ solves
+    (s gᵀ + (1 − s)(1 − g)ᵀ) * Y = Pᵀ r R entry by entry.
+    """
+    cutoff_dtype = r.dtype
+    P, s = _simultaneous(first.output, second.output, cutoff_dtype)
+    R, g = _simultaneous(first.input, second.input, cutoff_dtype)
+    denominator = torch.outer(s, g) + torch.outer(1 - s, 1 - g)
+    seen = denominator > max(r.shape) * torch.finfo(cutoff_dtype).eps
+    Y = torch.where(seen, (P.T @ _wide(r) @ R) / torch.where(seen, denominator, 1), 0)
+    return P @ Y @ R.T
+
+
+def _simultaneous(a: Tensor, b: Tensor, cutoff_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (P, s) with Pᵀ a P = diag(s) and Pᵀ (a + b) P = I on the range of a + b."""
+    a, b = _wide(a), _wide(b)
+    values, vectors = torch.linalg.eigh(a + b)
+    keep = values > len(values) * torch.finfo(cutoff_dtype).eps * values[-1].clamp(min=0)
+    whiten = vectors[:, keep] / values[keep].sqrt()
+    s, rotation = torch.linalg.eigh(whiten.T @ a @ whiten)
+    return whiten @ rotation, s.clamp(0, 1)
+
+
+def _solve_symmetric(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """Solve matrix · z = rhs for a symmetric PSD matrix, with z = 0 in its numerical null space."""
+    wide, right = _wide(matrix), _wide(rhs)
+    cutoff = len(wide) * torch.finfo(matrix.dtype).eps
+    factor, failed = torch.linalg.cholesky_ex(wide)
+    pivots = factor.diagonal() ** 2
+    # A pivot bounds the smallest eigenvalue from above; 1e3 of margin keeps nearly singular matrices with `eigh`.
+    if not failed and pivots.min() > 1e3 * cutoff * pivots.max():
+        return torch.cholesky_solve(right, factor).to(rhs)
+    values, vectors = torch.linalg.eigh(wide)
+    keep = values > cutoff * values[-1].clamp(min=0)
+    basis = vectors[:, keep]
+    return (basis @ ((basis.T @ right) / values[keep, None])).to(rhs)
+
+
+def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
+    wide = _wide(matrix)
+    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    return torch.linalg.cholesky(wide + damping * wide.diagonal().mean() * eye).to(matrix)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, on the CPU when its device has no float64."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    product = a * b
+    return float(product.sum() if product.device.type == "mps" else product.sum(dtype=torch.float64))
+
+
+def _norm(a: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a) if a.device.type == "mps" else torch.linalg.vector_norm(a, dtype=torch.float64))

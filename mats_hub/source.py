@@ -1,0 +1,370 @@
+"""Where a model's files are: a local folder, or a Hub repository at one commit. Files are fetched only when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mats_hub.errors import CheckpointError, MatsError, SourceError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor: dtype (as safetensors spells it), shape and the file it is in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the file."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the entries are real numbers, so that they can be merged."""
+        return self.dtype.startswith(("F", "BF"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files.
+
+    Attributes:
+        spec: how the user named it.
+        repo_id: the Hub id, or None for a local folder.
+        commit: the Hub commit it is pinned to, or None for a local folder.
+        folder: the folder the files are in, or None when they are fetched from the Hub one by one.
+        sizes: file names (POSIX, relative) and their sizes in bytes.
+        digests: sha256 of the files the Hub knows it for.
+        card: the front matter the Hub holds for it (empty for a local folder: read from README.md instead).
+        token: the token files are fetched with; None takes the one stored on this machine.
+
+    """
+
+    spec: str
+    repo_id: str | None
+    commit: str | None
+    folder: Path | None
+    sizes: dict[str, int]
+    digests: dict[str, str]
+    token: str | bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the id or folder: what a task is called unless the user says otherwise."""
+        if self.repo_id:
+            return self.repo_id.rsplit("/", 1)[-1]
+        return self.folder.resolve().name if self.folder else self.spec
+
+    @property
+    def public_spec(self) -> str:
+        """The name that may be published: ``owner/name@commit``, or a folder's last part, never a path."""
+        return f"{self.repo_id}@{self.commit}" if self.repo_id else self.name
+
+    def path(self, filename: str) -> Path:
+        """Return the local path of a file, fetching it into the Hub's cache when it is not there.
+
+        Raises:
+            SourceError: the file does not exist or cannot be fetched.
+
+        """
+        if filename not in self.sizes:
+            raise SourceError(f"{self.spec!r} has no file {filename!r}; it holds: {', '.join(sorted(self.sizes)[:20])}")
+        if self.folder is not None:
+            return self.folder / filename
+        from huggingface_hub import hf_hub_download
+
+        assert self.repo_id is not None
+        with hub_errors(self.spec):
+            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit, token=self.token))
+
+    def json(self, filename: str) -> dict[str, Any]:
+        """Return the JSON object in a file; an empty one when the file is not there."""
+        if filename not in self.sizes:
+            return {}
+        try:
+            content = json.loads(self.path(filename).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.spec!r}: {filename} is not valid JSON ({error}); fetch the model again") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.spec!r}: {filename} holds a {type(content).__name__}, not an object")
+        return content
+
+    def headers(self, filename: str) -> dict[str, TensorHeader]:
+        """Return the header of a safetensors file; from the Hub only the header's bytes are read."""
+        if self.folder is not None or self._is_cached(filename):
+            return read_header(self.path(filename), self.spec)[0]
+        from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+        try:
+            with hub_errors(self.spec):
+                parsed = hub_api(self.token).parse_safetensors_file_metadata(
+                    self.repo_id or "", filename, revision=self.commit
+                )
+        except (SafetensorsParsingError, NotASafetensorsRepoError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.spec!r}: {filename} is not a safetensors file ({error})") from None
+        raw = {
+            name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for name, info in parsed.tensors.items()
+        }
+        return check_header(raw, None, self.spec, filename)
+
+    def _is_cached(self, filename: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo_id or "", filename, revision=self.commit)
+        return isinstance(found, str)
+
+    @cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        """The safetensors files that hold the weights, from the adapter, the single file, or the index.
+
+        Raises:
+            CheckpointError: only pickles, no weights at all, or an index that names a file outside the repository.
+
+        """
+        if "adapter_config.json" in self.sizes:
+            return self._require("adapter_model.safetensors", "adapter_model.bin")
+        if "model.safetensors.index.json" in self.sizes and "model.safetensors" not in self.sizes:
+            weight_map = self.json("model.safetensors.index.json").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{self.spec!r}: model.safetensors.index.json has no weight_map of file names")
+            for filename in sorted(set(weight_map.values())):
+                if not re.fullmatch(r"[\w][\w.-]*\.safetensors", filename):
+                    raise CheckpointError(
+                        f"{self.spec!r}: model.safetensors.index.json names {filename!r}, which is not a plain file name "
+                        "inside the repository; refusing to follow it. Fetch the model again from a trusted place"
+                    )
+                if filename not in self.sizes:
+                    raise CheckpointError(
+                        f"{self.spec!r}: model.safetensors.index.json names {filename!r}, which is not there; "
+                        "the upload or download is incomplete"
+                    )
+            return tuple(sorted(set(weight_map.values())))
+        return self._require("model.safetensors", "pytorch_model.bin")
+
+    def _require(self, filename: str, pickled: str) -> tuple[str, ...]:
+        if filename in self.sizes:
+            return (filename,)
+        pickles = [name for name in self.sizes if name.startswith(pickled.split(".")[0]) and name.endswith((".bin", ".pt"))]
+        if pickles:
+            raise CheckpointError(
+                f"{self.spec!r} holds its weights as a pickle ({pickles[0]}), which can run code when opened. Convert it "
+                "once with model.save_pretrained(folder), which writes safetensors, and merge that"
+            )
+        held = ", ".join(sorted(self.sizes)[:10]) or "nothing"
+        raise CheckpointError(f"{self.spec!r} has no {filename}; it holds: {held}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 over the weight files' names and sha256: the same for a folder and for its upload to the Hub."""
+        whole = hashlib.sha256()
+        for filename in self.weight_files:
+            digest = self.digests.get(filename) or file_sha256(self.path(filename))
+            whole.update(f"{filename}\0{digest}\n".encode())
+        return whole.hexdigest()
+
+    @cached_property
+    def front_matter(self) -> dict[str, Any]:
+        """The YAML front matter of the model's README.md; empty when there is none or it is malformed."""
+        import yaml
+
+        if "README.md" not in self.sizes:
+            return {}
+        text = self.path("README.md").read_text(encoding="utf-8", errors="replace")
+        found = re.match(r"\A﻿?---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", text, re.DOTALL)
+        try:
+            content = yaml.safe_load(found.group(1)) if found else {}
+        except yaml.YAMLError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def open_source(spec: str | Path, token: str | bool | None = None) -> Source:
+    """Open a local folder, or a Hub model ``owner/name[@revision]`` pinned to the commit its revision names now.
+
+    Raises:
+        SourceError: there is no such folder or repository, or the Hub cannot be reached.
+
+    """
+    text = str(spec)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _folder_source(text, folder)
+    repo_id, _, revision = text.partition("@")
+    if not HUB_ID.match(repo_id) or ".." in text or folder.exists():
+        raise SourceError(f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'")
+    return _hub_source(text, repo_id, revision or None, token)
+
+
+def _folder_source(spec: str, folder: Path, **pinned: Any) -> Source:
+    sizes = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    return Source(spec, pinned.get("repo_id"), pinned.get("commit"), folder, sizes, {}, pinned.get("token"))
+
+
+def _hub_source(spec: str, repo_id: str, revision: str | None, token: str | bool | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        with hub_errors(spec):
+            info = hub_api(token).model_info(repo_id, revision=revision, files_metadata=True)
+    except SourceError as error:
+        if not isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise
+        try:
+            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise error from None
+        return _folder_source(spec, folder, repo_id=repo_id, commit=folder.name, token=token)
+    siblings = info.siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    digests = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
+    return Source(spec, info.id, info.sha, None, sizes, digests, token)
+
+
+def hub_api(token: str | bool | None = None) -> Any:
+    """Return a Hub client that names this library to the server."""
+    from huggingface_hub import HfApi
+
+    from mats_hub import __version__
+
+    return HfApi(token=token, library_name="mats_hub", library_version=__version__)
+
+
+@contextmanager
+def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterator[None]:
+    """Turn the Hub client's exceptions into one of ours that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise error_class(
+            f"{spec!r} is gated: accept its terms on its page on the Hub, then sign in with 'hf auth login'"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise error_class(
+            f"{spec!r} is not on the Hub, or is private and this machine's token cannot see it. Check the spelling, "
+            "or sign in with 'hf auth login' (or set HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise error_class(f"{spec!r}: the repository exists but not that revision; see its list of commits") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise error_class(
+            f"{spec!r} is needed from the Hub, but HF_HUB_OFFLINE is set and it is not in the cache. Unset it, "
+            "or fetch it first with 'hf download'"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "no"
+        way_out = "sign in with 'hf auth login'" if code in (401, 403) else "try again later"
+        message = str(error).strip().splitlines()
+        raise error_class(f"{spec!r}: the Hub answered {code} ({message[-1] if message else 'no text'}); {way_out}") from error
+    except (errors.HFValidationError, errors.EntryNotFoundError) as error:
+        raise error_class(f"{spec!r}: {error}") from error
+    except MatsError:
+        raise
+    except Exception as error:
+        if not _is_connection_error(error):
+            raise
+        raise error_class(
+            f"{spec!r}: cannot reach the Hub ({type(error).__name__}). Check the network connection or HF_ENDPOINT, "
+            "or use local folders"
+        ) from error
+
+
+def _is_connection_error(error: Exception) -> bool:
+    # The client moved from httpx to httpx2 in 2.x: its transport errors are known by name, not by import.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, OSError) or bool(names & {"TransportError", "RequestError", "ConnectError"})
+
+
+def read_header(path: Path, spec: str) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+    """Return the tensors and the metadata in a local safetensors file's header.
+
+    Raises:
+        CheckpointError: the file is cut short or its header is malformed.
+
+    """
+    size, label = path.stat().st_size, f"{spec!r}: {path.name}"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+            raise CheckpointError(f"{label} is not a safetensors file or is cut short ({size} bytes); fetch it again")
+        try:
+            raw = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{label} has a malformed safetensors header; fetch it again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{label} has a malformed safetensors header; fetch it again")
+    metadata = raw.pop("__metadata__", {})
+    return check_header(raw, size - 8 - length, spec, path.name), metadata if isinstance(metadata, dict) else {}
+
+
+def check_header(raw: dict[str, Any], data_bytes: int | None, spec: str, filename: str) -> dict[str, TensorHeader]:
+    """Return the tensors of a parsed header after checking dtypes, shapes and offsets.
+
+    Args:
+        raw: the header without its metadata.
+        data_bytes: the bytes after the header; None when they are unknown.
+        spec: the model's name in messages.
+        filename: the file's name.
+
+    Raises:
+        CheckpointError: an entry is malformed, or the data are shorter than the header says.
+
+    """
+    headers, label = {}, f"{spec!r}: {filename}"
+    for name, entry in raw.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            header = TensorHeader(dtype, shape, filename)
+            well_formed = well_formed and end - begin == header.nbytes
+        except (KeyError, TypeError, ValueError):
+            well_formed = False
+        if not well_formed:
+            raise CheckpointError(f"{label}: the header's entry for tensor {name!r} is malformed or of an unknown dtype")
+        if data_bytes is not None and end > data_bytes:
+            raise CheckpointError(
+                f"{label} is cut short: tensor {name!r} ends at byte {end} of the data, but only {data_bytes} are there; "
+                "fetch the file again"
+            )
+        headers[name] = header
+    return headers
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

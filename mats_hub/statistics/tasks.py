@@ -1,0 +1,352 @@
+"""Tasks: a data set's columns, how an example becomes model inputs, the model's own loss, and its score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mats_hub.errors import SourceError, StatisticsError, unknown
+from mats_hub.source import Source, hub_errors
+
+IGNORED = -100
+"""The label that transformers' losses leave out."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a data set plays which role; empty ones are inferred."""
+
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    image: str | None = None
+    target: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the roles that are taken."""
+        return {role: value for role, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of task.
+
+    Attributes:
+        name: what it is called.
+        suffixes: endings of the transformers classes that do it.
+        roles: the columns it needs.
+        encode: (task data, example) → features of one example.
+        per_token: whether the loss of an example is a mean over its tokens, so that a batch's is computed from logits.
+
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    roles: tuple[str, ...]
+    encode: Callable[[TaskData, dict[str, Any]], dict[str, Any]]
+    per_token: bool = False
+
+
+@dataclass
+class TaskData:
+    """A task's examples, ready for a model.
+
+    Attributes:
+        task: the kind of task.
+        dataset: the examples (`datasets.Dataset`).
+        columns: the columns they are read from.
+        config: the model's config.
+        tokenizer: for text.
+        processor: for images.
+        max_length: tokens after which a text is cut.
+
+    """
+
+    task: Task
+    dataset: Any
+    columns: Columns
+    config: Any
+    tokenizer: Any = None
+    processor: Any = None
+    max_length: int | None = None
+    _lengths: tuple[int, int] = field(default=(0, 0), repr=False)
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
+        """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`."""
+        for start in range(0, len(self.dataset), size):
+            rows = self.dataset.select(range(start, min(start + size, len(self.dataset))))
+            features = [self.task.encode(self, row) for row in rows]
+            yield {key: value.to(device) for key, value in self._padded(features).items()}
+
+    def _padded(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        padding = {"labels": IGNORED, "input_ids": getattr(self.tokenizer, "pad_token_id", None) or 0}
+        lengths = {k: max(len(f[k]) for f in features) for k, v in features[0].items() if isinstance(v, list)}
+        if "labels" in lengths and self.config.is_encoder_decoder and lengths["labels"] == lengths.get("input_ids"):
+            lengths["labels"] += 1  # the two sides must differ in length, for their masks are told apart by shape
+        for key in features[0]:
+            values = [feature[key] for feature in features]
+            if isinstance(values[0], Tensor):
+                batch[key] = torch.stack(values)
+            elif isinstance(values[0], list):
+                fill = padding.get(key, 0)
+                batch[key] = torch.tensor([v + [fill] * (lengths[key] - len(v)) for v in values])
+            else:
+                batch[key] = torch.tensor(values)
+        return batch
+
+    def masks(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
+        masks = []
+        if "attention_mask" in batch:
+            masks.append(batch["attention_mask"].bool())
+        if self.config.is_encoder_decoder and "labels" in batch:
+            masks.append(batch["labels"] != IGNORED)
+        return masks
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the sum over the batch's examples of the model's own loss on each example alone."""
+        output = model(**batch)
+        if not self.task.per_token:
+            return output.loss.float() * len(batch["labels"])
+        logits, labels = self._shifted(output.logits, batch["labels"])
+        losses = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+        )
+        return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).sum()
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, batch_size: int = 64, device: torch.device | str = "cpu") -> float:
+        """Return the share of labels (of tokens, for language models) that `model` predicts, in [0, 1]."""
+        model.eval()
+        right = count = 0
+        for batch in self.batches(batch_size, device):
+            logits, labels = model(**batch).logits, batch["labels"]
+            if self.task.per_token:
+                logits, labels = self._shifted(logits, labels)
+            counted = labels != IGNORED
+            right += int((logits.argmax(-1) == labels)[counted].sum())
+            count += int(counted.sum())
+        return right / max(count, 1)
+
+    def _shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
+        return (logits, labels) if self.config.is_encoder_decoder else (logits[:, :-1], labels[:, 1:])
+
+
+def _encode_text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    texts = [row[column] for column in data.columns.text]
+    return dict(data.tokenizer(*texts, truncation=data.max_length is not None, max_length=data.max_length))
+
+
+def _encode_text_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    return {**_encode_text(data, row), **_label(data, row)}
+
+
+def _encode_causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    features = _encode_text(data, row)
+    return {**features, "labels": list(features["input_ids"])}
+
+
+def _encode_seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    target = data.tokenizer(
+        text_target=row[data.columns.target or ""], truncation=data.max_length is not None, max_length=data.max_length
+    )
+    return {**_encode_text(data, row), "labels": list(target["input_ids"])}
+
+
+def _encode_image_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    image = row[data.columns.image or ""]
+    pixels = data.processor(image.convert("RGB") if data.config.num_channels == 3 else image, return_tensors="pt")
+    return {"pixel_values": pixels["pixel_values"][0], **_label(data, row)}
+
+
+def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    if data.columns.label is None:
+        return {}
+    value = row[data.columns.label]
+    if isinstance(value, str):
+        known = data.config.label2id or {}
+        if value not in known:
+            raise StatisticsError(unknown("label", value, known))
+        value = known[value]
+    if not isinstance(value, int) or not 0 <= value < data.config.num_labels:
+        raise StatisticsError(
+            f"label {value!r} in column {data.columns.label!r}, but the model has {data.config.num_labels} labels "
+            "(0 to {data.config.num_labels - 1}); is this the data set the expert was trained on?"
+        )
+    return {"labels": value}
+
+
+TASKS: dict[str, Task] = {
+    "text-classification": Task(
+        "text-classification", ("ForSequenceClassification",), ("text", "label"), _encode_text_classification
+    ),
+    "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), _encode_causal_lm, per_token=True),
+    "seq2seq": Task(
+        "seq2seq", ("ForConditionalGeneration", "ForSeq2SeqLM"), ("text", "target"), _encode_seq2seq, per_token=True
+    ),
+    "image-classification": Task(
+        "image-classification", ("ForImageClassification",), ("image", "label"), _encode_image_classification
+    ),
+}
+"""Every kind of task; a new one is a row here."""
+
+TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
+COLUMN_NAMES = {
+    "text": ("text", "sentence", "content", "input", "source"),
+    "label": ("label", "labels"),
+    "image": ("image", "img"),
+    "target": ("target", "output", "summary", "answer"),
+}
+"""Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
+
+
+def infer_task(class_name: str) -> Task:
+    """Return the kind of task a transformers class does.
+
+    Raises:
+        StatisticsError: no known kind.
+
+    """
+    for task in TASKS.values():
+        if class_name.endswith(task.suffixes):
+            return task
+    raise StatisticsError(f"cannot tell the task of a {class_name or 'model without a class'}; name one of: {', '.join(TASKS)}")
+
+
+def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labels: bool = True) -> Columns:
+    """Return the columns to read, those that were not given being inferred from their names.
+
+    Raises:
+        StatisticsError: a given column is not there, or one cannot be inferred.
+
+    """
+    present = list(dataset.column_names)
+    for column in (*given.text, given.label, given.image, given.target):
+        if column is not None and column not in present:
+            raise StatisticsError(unknown("column", column, present))
+    chosen: dict[str, Any] = {}
+    for role in roles:
+        value = getattr(given, role) or _infer_role(role, present)
+        if not value and (needs_labels or role not in ("label", "target")):
+            raise StatisticsError(
+                f"cannot tell which column is the {role}; name it with --{role}. The data set has: {', '.join(present)}"
+            )
+        chosen[role] = value or None
+    return Columns(text=tuple(chosen.get("text") or ()), **{r: chosen.get(r) for r in ("label", "image", "target")})
+
+
+def _infer_role(role: str, present: Sequence[str]) -> Any:
+    if role == "text":
+        for pair in TEXT_PAIRS:
+            if set(pair) <= set(present):
+                return pair
+    named = [name for name in COLUMN_NAMES[role] if name in present]
+    return (named[0],) if named and role == "text" else (named[0] if named else None)
+
+
+def load_dataset(name: Any, config: str | None = None, split: str | None = None, token: Any = None) -> tuple[Any, str, str | None]:
+    """Open a data set: a `datasets.Dataset`, a JSONL, CSV or Parquet file, or a Hub id ``owner/name[@revision]``.
+
+    Returns:
+        The data set, its public name (an id, or a file's name) and its commit when it has one.
+
+    Raises:
+        SourceError: it cannot be found or read.
+
+    """
+    import datasets
+
+    if isinstance(name, datasets.Dataset):
+        return name, str(name.info.dataset_name or "an in-memory data set"), None
+    path = Path(str(name)).expanduser()
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    try:
+        with _no_progress_bars():
+            if path.is_file():
+                if path.suffix not in formats:
+                    raise SourceError(f"{path.name!r}: data files are {', '.join(formats)}, or a data set's id on the Hub")
+                loaded = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
+                return loaded, path.name, None
+            repo_id, _, revision = str(name).partition("@")
+            with hub_errors(str(name)):
+                from mats_hub.source import hub_api
+
+                commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
+                loaded = datasets.load_dataset(repo_id, config, split=split or "validation", revision=commit, token=token)
+            return loaded, repo_id, commit
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        text = str(error).strip().splitlines()
+        raise SourceError(f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}") from error
+
+
+class _no_progress_bars:
+    def __enter__(self) -> None:
+        import datasets
+
+        self._shown = datasets.utils.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *error: object) -> None:
+        import datasets
+
+        if self._shown:
+            datasets.enable_progress_bars()
+
+
+def open_task(
+    model_class: str,
+    config: Any,
+    files: Sequence[Source],
+    dataset: Any,
+    columns: Columns,
+    *,
+    task: str | None = None,
+    max_length: int | None = None,
+    needs_labels: bool = True,
+) -> TaskData:
+    """Return a task's examples, ready for a model of this class and config.
+
+    Args:
+        model_class: the transformers class; it tells the task unless `task` names one.
+        config: the model's config.
+        files: sources to take the tokenizer or processor from; the first that has one.
+        dataset: the examples.
+        columns: the given columns; the others are inferred.
+        task: the kind of task.
+        max_length: tokens after which a text is cut; the tokenizer's own limit otherwise.
+        needs_labels: whether a missing label column is an error.
+
+    Raises:
+        StatisticsError: the task or a column cannot be inferred, or no source has a tokenizer or processor.
+
+    """
+    if task is not None and task not in TASKS:
+        raise StatisticsError(unknown("task", task, TASKS))
+    kind = TASKS[task] if task else infer_task(model_class)
+    chosen = infer_columns(dataset, columns, kind.roles, needs_labels)
+    data = TaskData(kind, dataset, chosen, config)
+    if "image" in kind.roles:
+        data.processor = _load_processor(files, "AutoImageProcessor", "preprocessor_config.json")
+        return data
+    data.tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
+    limit = min(data.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 10**9)
+    data.max_length = max_length or (limit if limit < 10**6 else None)
+    return data
+
+
+def _load_processor(files: Sequence[Source], auto_class: str, *names: str) -> Any:
+    import transformers
+
+    for source in files:
+        if any(name in source.sizes for name in names):
+            where = {} if source.folder else {"revision": source.commit, "token": source.token}
+            return getattr(transformers, auto_class).from_pretrained(source.folder or source.repo_id, **where)
+    raise StatisticsError(
+        f"none of {', '.join(repr(source.spec) for source in files)} has a {names[0]}; push it beside the model"
+    )
