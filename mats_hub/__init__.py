@@ -1,2 +1,59 @@
-"""Merge fine-tuned models from the Hugging Face Hub (temporary)."""
+"""Merge fine-tuned models from the Hugging Face Hub by matching them in their task parameter subspaces (MaTS).
+
+A merge, from floor to floor:
+
+    source, checkpoint, adapter, expert    where the files are; tensors and task vectors, read one at a time
+    statistics                             what matters to each task, measured once per expert
+    curvature                              the same as a linear map on one weight
+    linear_system                          Σ wᵢ Cᵢ x = Σ wᵢ Cᵢ δᵢ
+    initialization                         where the solve starts: average, task arithmetic, TIES, DARE
+    solver                                 conjugate gradient for k steps, or a closed form
+    recipe, plan, merging                  what is asked for, what will happen to every tensor, the streaming loop
+    merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mats_hub.errors import MatsError
+    from mats_hub.evaluation import evaluate
+    from mats_hub.hub import push
+    from mats_hub.loading import load
+    from mats_hub.merged_model import MergedModel, merge
+    from mats_hub.plan import Plan, make_plan
+    from mats_hub.recipe import METHODS, Recipe
+    from mats_hub.statistics import Statistics, compute_statistics
+
+_HOMES = {
+    "METHODS": "recipe",
+    "MatsError": "errors",
+    "MergedModel": "merged_model",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "Statistics": "statistics",
+    "compute_statistics": "statistics",
+    "evaluate": "evaluation",
+    "load": "loading",
+    "make_plan": "plan",
+    "merge": "merged_model",
+    "push": "hub",
+}
+"""Public name → its module; loaded when first used, so that ``import mats_hub`` loads nothing heavy."""
+
+__all__ = ["METHODS", "MatsError", "MergedModel", "Plan", "Recipe", "Statistics", "__version__", "compute_statistics", "evaluate", "load", "make_plan", "merge", "push"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mats_hub' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mats_hub.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -99,6 +99,14 @@ def task_names(source: Source) -> list[str]:
     return sorted({p[1] for p in parts if len(p) == 3 and p[0] == TASKS_FOLDER and p[2] == CONFIG_FILE})
 
 
+def concrete_class(name: str, config: dict[str, Any]) -> str:
+    """Return the class an Auto class stands for with this config; the name itself when it is no Auto class."""
+    if not name.startswith("AutoModel"):
+        return name
+    mapping = _model_class(name)._model_mapping
+    return str(mapping[type(_config(config))].__name__)
+
+
 def _model_class(name: str) -> Any:
     import transformers
 

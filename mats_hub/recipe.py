@@ -6,7 +6,7 @@ Nothing heavier than pydantic is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -230,12 +230,21 @@ class Recipe(Part):
         """Return the recipe as YAML, every value written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
-    def resolve(self, has_statistics: bool) -> Recipe:
-        """Return the recipe with method ``auto`` replaced by what fits: MaTS with statistics, else a data-free method."""
+    def resolve(self, kinds: Collection[str]) -> Recipe:
+        """Return the recipe with method ``auto`` replaced by what fits.
+
+        Args:
+            kinds: the kinds of curvature that every expert has statistics for; MaTS with the most detailed of them, or
+                `DATA_FREE_DEFAULT` when there is none.
+
+        """
         if self.method != AUTO:
             return self
         content = self.model_dump(exclude={"initialization", "curvature", "solver"})
-        return self.from_mapping({**content, "method": "mats" if has_statistics else DATA_FREE_DEFAULT})
+        kind = next((kind for kind in ("kfac", "gram", "fisher") if kind in kinds), None)
+        if kind is None:
+            return self.from_mapping({**content, "method": DATA_FREE_DEFAULT})
+        return self.from_mapping({**content, "method": "mats", "curvature": {"kind": kind}})
 
 
 @dataclass(frozen=True)

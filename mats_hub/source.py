@@ -118,7 +118,7 @@ class Source:
 
     def headers(self, filename: str) -> dict[str, TensorHeader]:
         """Return the header of a safetensors file; from the Hub only the header's bytes are read."""
-        if self.folder is not None or self._is_cached(filename):
+        if self.folder is not None or self.is_cached(filename):
             return read_header(self.path(filename), self.spec)[0]
         from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
@@ -135,7 +135,8 @@ class Source:
         }
         return check_header(raw, None, self.spec, filename)
 
-    def _is_cached(self, filename: str) -> bool:
+    def is_cached(self, filename: str) -> bool:
+        """Tell whether a file of a Hub repository is in this machine's cache."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo_id or "", filename, revision=self.commit)

@@ -1,0 +1,278 @@
+"""The model card of a merge: front matter the Hub understands, and a text from which the merge can be repeated."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from mats_hub.errors import HubError
+from mats_hub.figures import draw_figures
+from mats_hub.recipe import METHODS, RECIPE_FILE
+from mats_hub.report import REPORT_FILE, MergeReport
+
+CARD_FILE = "README.md"
+TEMPLATE_FILE = "model_card_template.md"
+MERGED = "merged"
+"""The name under which results of the merged model itself are kept."""
+
+PIPELINE_TAGS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForImageClassification": "image-classification",
+    "ForMaskedLM": "fill-mask",
+}
+
+
+def write_card(report: MergeReport, folder: Path) -> None:
+    """Draw the figures and write README.md into a merged model's folder."""
+    figures = draw_figures(report, folder / "figures")
+    (folder / CARD_FILE).write_text(render_card(report, figures), encoding="utf-8")
+
+
+def render_card(report: MergeReport, figures: Iterable[str] = (), repo_id: str | None = None) -> str:
+    """Return the card's text.
+
+    Args:
+        report: what the merge did.
+        figures: the names of the figures that were drawn.
+        repo_id: the repository it will be in, when that is known.
+
+    """
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(cell=_cell, text=_text)
+    return environment.from_string(_template()).render(**_values(report, list(figures), repo_id)).rstrip() + "\n"
+
+
+def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, Any]:
+    """Return the card's metadata: Hub ids only, no empty lists, a licence only when all parents agree."""
+    parents = [expert["repo_id"] for expert in report.experts if expert["repo_id"]]
+    licenses, _ = _licenses(report)
+    datasets = [
+        s["dataset"] for s in (expert["statistics"] for expert in report.experts) if s and s.get("dataset_commit")
+    ]
+    content: dict[str, Any] = {
+        "library_name": "transformers",
+        "base_model": list(dict.fromkeys(parents)),
+        "base_model_relation": "merge",
+        "pipeline_tag": _pipeline_tag(report),
+        "license": licenses,
+        "datasets": list(dict.fromkeys(datasets)),
+        "tags": list(dict.fromkeys(["merge", "mats", "mats_hub", report.recipe["method"]])),
+    }
+    if not parents:
+        del content["base_model_relation"]
+    content["model-index"] = _model_index(report, repo_id)
+    return {key: value for key, value in content.items() if value}
+
+
+def validate_card(text: str, token: str | bool | None = None) -> None:
+    """Have the Hub check a card's front matter.
+
+    Raises:
+        HubError: the Hub finds a fault in it, or cannot be reached.
+
+    """
+    from huggingface_hub import ModelCard
+
+    from mats_hub.source import hub_errors
+
+    with hub_errors("the model card", HubError):
+        try:
+            ModelCard(text, ignore_metadata_errors=False).validate(repo_type="model")
+        except ValueError as error:
+            raise HubError(f"the Hub refuses the model card: {error}. Mend the front matter of {CARD_FILE}") from error
+
+
+def _template() -> str:
+    package = Path(__file__).parent
+    for folder in (package, package.parent):  # in the wheel it lies inside the package, in a source tree beside it
+        if (folder / TEMPLATE_FILE).is_file():
+            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    raise FileNotFoundError(f"{TEMPLATE_FILE} is missing from this installation of mats_hub; install it again")
+
+
+def _values(report: MergeReport, figures: list[str], repo_id: str | None) -> dict[str, Any]:
+    recipe, names = report.recipe, [expert["name"] for expert in report.experts]
+    _, differ = _licenses(report)
+    initialization = dict(recipe["initialization"])
+    start = initialization.copy()
+    start.pop("method")
+    options = ", ".join(f"{name} {value}" for name, value in start.items())
+    return {
+        "front_matter": yaml.safe_dump(front_matter(report, repo_id), sort_keys=False, allow_unicode=True).rstrip(),
+        "title": repo_id.rsplit("/", 1)[-1] if repo_id else f"{_listed(names)}, merged with {METHODS[recipe['method']].title}",
+        "names": names,
+        "method": METHODS[recipe["method"]],
+        "base": report.base,
+        "base_link": _link(report.base) if report.base else "one base",
+        "experts": [{**expert, "link": _link(expert)} for expert in report.experts],
+        "licenses_differ": differ,
+        "usage": _usage(report, repo_id or "path/to/this/folder"),
+        "recipe": recipe,
+        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120).rstrip(),
+        "recipe_file": RECIPE_FILE,
+        "report_file": REPORT_FILE,
+        "curvature": recipe["curvature"],
+        "initialization": initialization,
+        "initialization_options": f" ({options})" if options else "",
+        "solver_text": _solver_text(recipe["solver"]),
+        "counts_text": _counts_text(report),
+        "notes": report.notes,
+        "statistics": _statistics_rows(report),
+        "environment": report.environment,
+        "files": report.files,
+        "figures": figures,
+        **_convergence_values(report),
+        **_result_values(report),
+    }
+
+
+def _licenses(report: MergeReport) -> tuple[str | None, bool]:
+    """Return the licence of the front matter and whether the parents' licences differ."""
+    parents = [*report.experts, *([report.base] if report.base else [])]
+    found = [parent["license"] for parent in parents]
+    if not any(found):
+        return None, False
+    if len(set(found)) == 1:
+        return found[0], False
+    return "other", True
+
+
+def _pipeline_tag(report: MergeReport) -> str | None:
+    stated = {expert["pipeline_tag"] for expert in report.experts}
+    if len(stated) == 1 and None not in stated:
+        return str(stated.pop())
+    tags = {tag for e in report.experts for suffix, tag in PIPELINE_TAGS.items() if str(e["class"]).endswith(suffix)}
+    return tags.pop() if len(tags) == 1 else None
+
+
+def _model_index(report: MergeReport, repo_id: str | None) -> list[dict[str, Any]]:
+    tag, results = _pipeline_tag(report), []
+    for row in report.results:
+        if row["model"] == MERGED:
+            dataset = {"name": row.get("dataset", row["task"]), "type": row.get("dataset", row["task"])}
+            metric = {"type": row["metric"], "value": row["value"]}
+            results.append({"task": {"type": tag or "other"}, "dataset": dataset, "metrics": [metric]})
+    name = repo_id.rsplit("/", 1)[-1] if repo_id else f"{_listed([e['name'] for e in report.experts])} merged"
+    return [{"name": name, "results": results}] if results else []
+
+
+def _usage(report: MergeReport, place: str) -> str:
+    first = report.experts[0]
+    if any(expert["kept"] for expert in report.experts):
+        tasks = ", ".join(repr(expert["name"]) for expert in report.experts)
+        return f"import mats_hub\n\nmodel = mats_hub.load({place!r}, task={first['name']!r})  # one of: {tasks}"
+    name = first["class"]
+    return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place!r})"
+
+
+def _solver_text(solver: dict[str, Any] | None) -> str:
+    if solver is None:
+        return ""
+    if solver["method"] == "exact":
+        return "closed form"
+    text = f"conjugate gradient, {solver['iterations']} iterations"
+    text += f", tolerance {solver['tolerance']:g}" if solver["tolerance"] else ""
+    return text + (", Kronecker preconditioner" if solver["preconditioner"] == "kronecker" else "")
+
+
+def _counts_text(report: MergeReport) -> str:
+    words = {
+        "solve": "matched by solving",
+        "initialize": "merged by the initialization alone",
+        "copy": "taken from the base unchanged",
+        "keep per task": "kept per task",
+        "tied": "tied to another tensor",
+    }
+    counts = Counter(record.action for record in report.tensors)
+    parts = [f"{counts[action]} {text}" for action, text in words.items() if counts[action]]
+    return f"Of {len(report.tensors)} tensors: {'; '.join(parts)}"
+
+
+def _statistics_rows(report: MergeReport) -> list[dict[str, Any]]:
+    rows = []
+    for expert in report.experts:
+        s = expert["statistics"]
+        if s:
+            commit = f" at {s['dataset_commit'][:12]}" if s["dataset_commit"] else ""
+            config = f" ({s['dataset_config']})" if s["dataset_config"] else ""
+            rows.append(
+                {
+                    "expert": expert["name"],
+                    "kinds": s["kinds"],
+                    "data": f"{s['dataset']}{config}{commit}",
+                    "split": s["dataset_split"] or "whole file",
+                    "examples": s["examples"],
+                    "tokens": s["tokens"],
+                    "labels": {"data": "of the data (empirical Fisher)", "none": "none needed"}.get(
+                        s["label_source"], s["label_source"]
+                    ),
+                }
+            )
+    return rows
+
+
+def _convergence_values(report: MergeReport) -> dict[str, Any]:
+    solved = report.solved
+    if not solved:
+        return {"worst": [], "solved_count": 0, "median_start": "", "median_end": ""}
+    worst = sorted(solved, key=lambda record: -(record.residual or 0))[:5]
+    return {
+        "solved_count": len(solved),
+        "median_start": f"{median(record.residuals[0] for record in solved):.2g}",
+        "median_end": f"{median(record.residual or 0 for record in solved):.2g}",
+        "worst": [
+            {
+                "key": record.key,
+                "outcome": record.outcome,
+                "iterations": record.iterations,
+                "start": f"{record.residuals[0]:.2g}",
+                "end": f"{record.residual or 0:.2g}",
+                "step": f"{(record.step_norm or 0) / (record.initialization_norm or 1):.2g}",
+            }
+            for record in worst
+        ],
+    }
+
+
+def _result_values(report: MergeReport) -> dict[str, Any]:
+    models = list(dict.fromkeys(row["model"] for row in report.results))
+    tasks = list(dict.fromkeys((row["task"], row["metric"]) for row in report.results))
+    scores = {(row["task"], row["metric"], row["model"]): row["value"] for row in report.results}
+    rows = []
+    for task, metric in tasks:
+        values = [scores.get((task, metric, model)) for model in models]
+        rows.append({"task": task, "metric": metric, "values": ["–" if v is None else f"{v:.3f}" for v in values]})
+    return {"results": rows, "result_models": models}
+
+
+def _link(facts: dict[str, Any]) -> str:
+    if facts["repo_id"]:
+        return f"[{facts['repo_id']}](https://huggingface.co/{facts['repo_id']})"
+    return f"{_text(facts['model'])} (a local folder)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _text(value: object) -> str:
+    """Return a value as Markdown text in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _cell(value: object) -> str:
+    return _text(value).replace("|", "\\|")

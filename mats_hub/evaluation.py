@@ -1,0 +1,64 @@
+"""Scoring models on the experts' tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mats_hub.loading import load
+from mats_hub.source import open_source
+from mats_hub.statistics.tasks import Columns, load_dataset, open_task
+
+
+def evaluate(
+    model: Any,
+    *,
+    dataset: Any,
+    task: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    text: str | Sequence[str] = (),
+    label: str | None = None,
+    image: str | None = None,
+    target: str | None = None,
+    processor: str | Path | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    device: str = "auto",
+    token: str | None = None,
+) -> float:
+    """Return a model's accuracy on a data set, in [0, 1]: of labels, or of tokens for language models.
+
+    Args:
+        model: a merged model's folder or Hub id, or a transformers model.
+        dataset: Hub id, JSONL/CSV/Parquet file or `datasets.Dataset`.
+        task: the task of a merged model whose heads are kept per task.
+        config: the data set's configuration.
+        split: the data set's split (``validation``).
+        text: text column, or two of them.
+        label: label column.
+        image: image column.
+        target: target text column.
+        processor: where tokenizer or image processor come from; the merged model itself otherwise.
+        batch_size: examples in one pass.
+        max_length: tokens after which a text is cut.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        token: Hub token; the one stored on this machine otherwise.
+
+    Raises:
+        SourceError: the model or the data cannot be found.
+        StatisticsError: task or columns cannot be inferred, or a label does not fit the model.
+
+    """
+    from mats_hub.device import choose_device
+
+    place = choose_device(device)
+    network = load(model, task, dtype="float32", token=token) if isinstance(model, str | Path) else model
+    loaded, _, _ = load_dataset(dataset, config, split, token)
+    if processor is None and not isinstance(model, str | Path):
+        raise ValueError("a loaded model needs 'processor': the folder or id its tokenizer or image processor comes from")
+    files = [open_source(processor if processor is not None else model, token)]
+    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target)
+    data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
+    return data.accuracy(network.to(place), batch_size, place)

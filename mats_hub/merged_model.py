@@ -1,0 +1,316 @@
+"""The merged model: a folder that is an ordinary Hub repository, made in one piece from a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mats_hub.card import write_card
+from mats_hub.errors import OutputError, RecipeError, SourceError
+from mats_hub.expert import Expert
+from mats_hub.loading import CONFIG_FILE, HEAD_FILE, TASKS_FOLDER, concrete_class, load
+from mats_hub.plan import Plan, make_plan
+from mats_hub.recipe import RECIPE_FILE, Recipe
+from mats_hub.report import REPORT_FILE, MergeReport
+from mats_hub.source import Source, file_sha256, open_source
+
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "feature_extractor_config.json",
+)
+"""Files that go with the weights, taken from one named source."""
+
+
+class MergedModel:
+    """A merged model in a folder.
+
+    Attributes:
+        folder: where it is.
+        report: what the merge did.
+
+    """
+
+    def __init__(self, folder: Path, report: MergeReport, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.folder, self.report, self._scratch = folder, report, scratch
+
+    @classmethod
+    def open(cls, model: str | Path, token: str | bool | None = None) -> MergedModel:
+        """Open a merged model in a folder.
+
+        Raises:
+            SourceError: there is no merged model.
+
+        """
+        source = open_source(model, token)
+        if REPORT_FILE not in source.sizes or source.folder is None:
+            raise SourceError(f"{source.spec!r} is no folder with a merged model of this package: it has no {REPORT_FILE}")
+        return cls(source.folder, MergeReport.from_mapping(source.json(REPORT_FILE)))
+
+    def load(self, task: str | None = None, dtype: str = "auto", device: str = "cpu") -> Any:
+        """Return the model as a transformers object; see `mats_hub.load`."""
+        return load(self.folder, task, dtype, device)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the merged model to a folder that does not exist or is empty; it appears complete or not at all.
+
+        Raises:
+            OutputError: the folder holds something, or cannot be written.
+
+        """
+        target = check_output(folder)
+        with staged(target) as stage:
+            shutil.copytree(self.folder, stage, dirs_exist_ok=True)
+        return target
+
+    def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows of scores (task, metric, model, value; optionally dataset) to the report, and write the card anew."""
+        self.report.results.extend(dict(row) for row in results)
+        self.report.write(self.folder)
+        write_card(self.report, self.folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | bool | None = None, **options: Any) -> str:
+        """Publish the folder in one commit; see `mats_hub.hub.push`. Returns the commit's URL."""
+        from mats_hub.hub import push
+
+        return push(self.folder, repo_id, private=private, token=token, **options)
+
+
+def merge(
+    experts: Recipe | Sequence[str | Mapping[str, Any]] | str | Path,
+    *,
+    output: str | Path | None = None,
+    device: str = "auto",
+    token: str | bool | None = None,
+    progress: Any = None,
+    **options: Any,
+) -> MergedModel:
+    """Merge experts into one model.
+
+    Args:
+        experts: a `Recipe`, the path of a recipe file, or the experts: Hub ids, folders, or mappings with the fields of
+            an expert (model, name, weight, statistics).
+        output: the folder to write, which must not exist or be empty; a temporary one otherwise, kept by `save`.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        token: Hub token; the one stored on this machine otherwise.
+        progress: wraps the iteration over tensors (iterable, total, description) to show it.
+        **options: recipe options when `experts` is a list: ``base``, ``method``, ``scale``, ``iterations``, …
+
+    Returns:
+        The merged model in its folder, with card, recipe and report.
+
+    Raises:
+        RecipeError: an option is unknown or has a value it cannot have.
+        PlanError: everything that stands in the way, before any weight is read.
+        NumericalError: a non-finite value in a model or in the result.
+        OutputError: the output folder holds something or cannot be written.
+
+    """
+    from mats_hub.device import choose_device
+
+    recipe = as_recipe(experts, **options)
+    target = check_output(output) if output is not None else None
+    place = choose_device(device)
+    plan = make_plan(recipe, token)
+    plan.raise_problems()
+    if target is not None:
+        with staged(target) as stage:
+            report = _write_all(plan, stage, place, progress)
+        return MergedModel(target, report)
+    scratch = tempfile.TemporaryDirectory(prefix="mats_hub-")
+    folder = Path(scratch.name)
+    return MergedModel(folder, _write_all(plan, folder, place, progress), scratch)
+
+
+def as_recipe(experts: Recipe | Sequence[str | Mapping[str, Any]] | str | Path, **options: Any) -> Recipe:
+    """Return the recipe that the arguments of `merge` describe.
+
+    Raises:
+        RecipeError: options beside a finished recipe, or an option that cannot be.
+
+    """
+    if isinstance(experts, str | Path):
+        experts = Recipe.load(experts)
+    if isinstance(experts, Recipe):
+        if options:
+            raise RecipeError(f"options beside a finished recipe: {', '.join(options)}; write them into the recipe")
+        return experts
+    return Recipe.build(experts, **options)
+
+
+def check_output(folder: str | Path) -> Path:
+    """Return the output folder after checking that it does not exist or is empty.
+
+    Raises:
+        OutputError: it holds something, or is a file.
+
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"the output {str(folder)!r} exists and is not an empty folder; name another one or empty it first")
+    return target
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to write into; it becomes `target` when the block ends well, and is removed otherwise."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {str(target)!r}: {error.strerror}") from error
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_umask())
+        if target.exists():
+            target.rmdir()
+        os.replace(stage, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(target)!r}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_all(plan: Plan, folder: Path, device: Any, progress: Any) -> MergeReport:
+    """Write weights, heads, configs, companions, recipe, report and card."""
+    from mats_hub.merging import merge_tensors
+
+    recipe_text = plan.recipe.to_yaml()
+    digest = hashlib.sha256(recipe_text.encode()).hexdigest()
+    records = merge_tensors(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
+    _write_config(plan, folder)
+    for expert in plan.experts:
+        _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
+    notes = [*plan.notes, *_copy_companions(plan, folder)]
+    (folder / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
+    report = MergeReport(
+        recipe=plan.recipe.model_dump(mode="json"),
+        base=_facts(plan.base.source) if plan.base else None,
+        experts=[_expert_facts(plan, index) for index in range(len(plan.experts))],
+        tensors=records,
+        environment=_environment(str(device)),
+        files={path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        notes=notes,
+    )
+    report.write(folder)
+    write_card(report, folder)
+    return report
+
+
+def _write_config(plan: Plan, folder: Path) -> None:
+    config = {key: value for key, value in plan.reference.config.items() if key != "_name_or_path"}
+    if plan.recipe.output.dtype != "stored":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.recipe.output.dtype
+    if config:
+        _write_json(folder / CONFIG_FILE, config)
+
+
+def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
+    """Write the config and the head with which the merged body becomes this expert's model."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config = {k: v for k, v in expert.task_config(plan.reference.config).items() if k != "_name_or_path"}
+    if config.get("model_type"):
+        config["architectures"] = [concrete_class(expert.auto_class, config)]
+    _write_json(folder / CONFIG_FILE, config)
+    head = {own: expert.whole_tensor(own).contiguous() for own in plan.kept[expert.name]}
+    if head:
+        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+
+
+def _copy_companions(plan: Plan, folder: Path) -> list[str]:
+    """Copy tokenizer, processor and generation config; return a note when there is none."""
+    if plan.recipe.tokenizer:
+        sources = [open_source(plan.recipe.tokenizer, plan.experts[0].source.token)]
+    else:
+        sources = [plan.reference.source, *(expert.source for expert in plan.experts)]
+    for source in sources:
+        names = [name for name in COMPANION_FILES if name in source.sizes]
+        if not names or names == ["generation_config.json"]:
+            continue
+        for name in names:
+            content = source.json(name) if name.endswith("_config.json") else {}
+            if content:
+                _write_json(folder / name, {k: v for k, v in content.items() if k not in ("name_or_path", "_name_or_path")})
+            else:
+                shutil.copyfile(source.path(name), folder / name)
+        return []
+    return ["no tokenizer or processor was found; name a model that has one with 'tokenizer' (--tokenizer)"]
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    card = source.front_matter
+    return {
+        "model": source.public_spec,
+        "repo_id": source.repo_id,
+        "commit": source.commit,
+        "license": card.get("license") if isinstance(card.get("license"), str) else None,
+        "language": card.get("language"),
+        "pipeline_tag": card.get("pipeline_tag"),
+    }
+
+
+def _expert_facts(plan: Plan, index: int) -> dict[str, Any]:
+    expert, statistics = plan.experts[index], plan.statistics[index]
+    return {
+        **_facts(expert.source),
+        "name": expert.name,
+        "kind": expert.kind,
+        "weight": expert.weight,
+        "kept": plan.kept[expert.name],
+        "class": expert.auto_class,
+        "statistics": asdict(statistics.provenance) if statistics else None,
+    }
+
+
+def _environment(device: str) -> dict[str, str]:
+    import safetensors
+    import torch
+    import transformers
+
+    from mats_hub import __version__
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    return {
+        "mats_hub": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "compute dtype": "float32",
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+"""What a merge did: one record per tensor, and everything a card or a replay needs to know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "mats_report.json"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What happened to one tensor.
+
+    Attributes:
+        key: its name.
+        action: solve, initialize, copy, keep per task, tied.
+        reason: why.
+        outcome: how the solve ended; '' when nothing was solved.
+        iterations: conjugate-gradient steps.
+        residuals: ‖b − A x‖ / ‖b‖ at the initialization and after each step.
+        residual: the same for the solution, recomputed.
+        initialization_norm: Frobenius norm of the initialization's task vector.
+        solution_norm: Frobenius norm of the merged task vector.
+        step_norm: Frobenius norm of solution minus initialization.
+        expert_norms: Frobenius norms of the experts' task vectors.
+
+    """
+
+    key: str
+    action: str
+    reason: str
+    outcome: str = ""
+    iterations: int = 0
+    residuals: tuple[float, ...] = ()
+    residual: float | None = None
+    initialization_norm: float | None = None
+    solution_norm: float | None = None
+    step_norm: float | None = None
+    expert_norms: tuple[float, ...] = ()
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        recipe: the recipe, every value written out and every model pinned.
+        base: facts about the base; None when there is none.
+        experts: facts about each expert: name, model, kind, weight, licence, fingerprint, tensors kept, statistics.
+        tensors: one record per tensor, in the order of the file.
+        environment: versions, device class, compute dtype.
+        files: sha256 of each weight file.
+        results: rows of scores: task, metric, model (a method's or an expert's name), value.
+        notes: what a careful reader would want to know.
+
+    """
+
+    recipe: dict[str, Any]
+    base: dict[str, Any] | None = None
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    tensors: list[TensorRecord] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def solved(self) -> list[TensorRecord]:
+        """The records of the tensors that were solved for."""
+        return [record for record in self.tensors if record.action == "solve"]
+
+    def write(self, folder: Path) -> None:
+        """Write the report as JSON into a merged model's folder."""
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any]) -> MergeReport:
+        """Return the report in a mapping read from JSON."""
+        records = []
+        for record in content["tensors"]:
+            tuples = {name: tuple(record[name]) for name in ("residuals", "expert_norms")}
+            records.append(TensorRecord(**{**record, **tuples}))
+        return cls(**{**content, "tensors": records})
