@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mats_hub.hub import push
     from mats_hub.loading import load
     from mats_hub.merged_model import MergedModel, merge
-    from mats_hub.plan import Plan, make_plan
+    from mats_hub.plan import Plan
+    from mats_hub.planning import make_plan
     from mats_hub.recipe import METHODS, Recipe
     from mats_hub.statistics import Statistics, compute_statistics
 
@@ -38,7 +39,7 @@ _HOMES = {
     "compute_statistics": "statistics",
     "evaluate": "evaluation",
     "load": "loading",
-    "make_plan": "plan",
+    "make_plan": "planning",
     "merge": "merged_model",
     "push": "hub",
 }

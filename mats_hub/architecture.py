@@ -18,6 +18,7 @@ class Architecture:
         prefix: where the body's tensors begin inside a model with a head (``bert.``), '' when not known.
         tied: tensors that share the storage of another one: alias → the tensor that is stored.
         transposed: weights stored ``[in, out]`` (Conv1D).
+        stored_names: name in the model → name in a checkpoint, where transformers stores it under another one.
 
     """
 
@@ -25,6 +26,7 @@ class Architecture:
     prefix: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
@@ -48,7 +50,20 @@ def _describe(config_text: str) -> Architecture:
     transposed = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
     has_head = model.base_model is not model
     prefix = f"{model.base_model_prefix}." if has_head and model.base_model_prefix else ""
-    return Architecture(class_name, prefix, tied, frozenset(transposed))
+    return Architecture(class_name, prefix, tied, frozenset(transposed), _stored_names(model))
+
+
+def _stored_names(model: Any) -> dict[str, str]:
+    """Return the names that saving would change: a tensor is followed through transformers' own renaming."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers renamed tensors, names were the same on both sides
+        return {}
+    state = model.state_dict()
+    names = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, state)
+    pairs = ((names.get(id(tensor)), name) for name, tensor in stored.items())
+    return {name: other for name, other in pairs if name is not None and name != other}
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
@@ -74,11 +89,19 @@ def _skeleton(config: dict[str, Any], class_name: str) -> Any:
 LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def align(names: Iterable[str], reference: Collection[str]) -> dict[str, str]:
-    """Map tensor names of one checkpoint to those of another that holds the same body under another prefix.
+def align(
+    names: Iterable[str], reference: Collection[str], stored_names: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Map tensor names of one checkpoint or model to those of another that holds the same body.
 
     A model with a head stores ``bert.encoder…`` where the bare body stores ``encoder…``; old checkpoints call LayerNorm's
-    parameters gamma and beta. The one prefix to drop or add that maps the most names is taken for all of them.
+    parameters gamma and beta; modules may be called otherwise in the model than in its checkpoint. The one prefix to drop
+    or add that maps the most names is taken for all of them.
+
+    Args:
+        names: the names to map.
+        reference: the names to map to.
+        stored_names: name in the model → name in a checkpoint, tried in both directions.
 
     Returns:
         name → reference name, for the names that have a counterpart.
@@ -86,13 +109,21 @@ def align(names: Iterable[str], reference: Collection[str]) -> dict[str, str]:
     """
     names, known = list(names), {_modern(name): name for name in reference}
     plain = {name: _modern(name) for name in names}
+    stored = dict(stored_names or {})
+    in_model = {other: name for name, other in stored.items()}
     candidates = [("", "")]
     candidates += [(prefix, "") for prefix in _prefixes(plain.values())]
-    candidates += [("", prefix) for prefix in _prefixes(known)]
+    candidates += [("", prefix) for prefix in _prefixes([*known, *stored, *in_model])]
 
     def mapped(drop: str, put: str) -> dict[str, str]:
-        moved = {name: put + modern.removeprefix(drop) for name, modern in plain.items()}
-        return {name: known[other] for name, other in moved.items() if other in known}
+        found = {}
+        for name, modern in plain.items():
+            moved = put + modern.removeprefix(drop)
+            for other in (moved, stored.get(moved), in_model.get(moved)):
+                if other in known:
+                    found[name] = known[other]
+                    break
+        return found
 
     return max((mapped(*candidate) for candidate in candidates), key=len)
 

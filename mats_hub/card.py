@@ -113,7 +113,9 @@ def _values(report: MergeReport, figures: list[str], repo_id: str | None) -> dic
     options = ", ".join(f"{name} {value}" for name, value in start.items())
     return {
         "front_matter": yaml.safe_dump(front_matter(report, repo_id), sort_keys=False, allow_unicode=True).rstrip(),
-        "title": repo_id.rsplit("/", 1)[-1] if repo_id else f"{_listed(names)}, merged with {METHODS[recipe['method']].title}",
+        "title": repo_id.rsplit("/", 1)[-1]
+        if repo_id
+        else f"{_listed(names)}, merged with {METHODS[recipe['method']].title}",
         "names": names,
         "method": METHODS[recipe["method"]],
         "base": report.base,

@@ -78,7 +78,9 @@ class Checkpoint:
                 self._open = (filename, safe_open(self.source.path(filename), framework="pt"))
             return self._open[1].get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again") from None
+            raise CheckpointError(
+                f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again"
+            ) from None
 
 
 class CheckpointWriter:
@@ -114,7 +116,9 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
         if kind is None:

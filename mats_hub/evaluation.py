@@ -57,7 +57,9 @@ def evaluate(
     network = load(model, task, dtype="float32", token=token) if isinstance(model, str | Path) else model
     loaded, _, _ = load_dataset(dataset, config, split, token)
     if processor is None and not isinstance(model, str | Path):
-        raise ValueError("a loaded model needs 'processor': the folder or id its tokenizer or image processor comes from")
+        raise ValueError(
+            "a loaded model needs 'processor': the folder or id its tokenizer or image processor comes from"
+        )
     files = [open_source(processor if processor is not None else model, token)]
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target)
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -52,14 +51,15 @@ class Expert:
         """Tensors it holds whole: its own name for them → their name in the file."""
         return self.adapter.saved if self.adapter else {name: name for name in self.checkpoint.headers}
 
-    def align_to(self, reference: Collection[str]) -> None:
-        """Find the expert's own name for each reference tensor, following prefixes and tied weights."""
+    def align_to(self, reference: Checkpoint) -> None:
+        """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         own = [*self.whole, *(self.adapter.factors if self.adapter else ())]
-        mapping = align(own, reference)
+        stored_names = {**self.architecture.stored_names, **describe(reference.config).stored_names}
+        mapping = align(own, reference.headers, stored_names)
         self.names = {target: name for name, target in mapping.items()}
         tied = {} if self.adapter else self.architecture.tied
         for alias, stored in tied.items():
-            if alias in reference and alias not in self.names and stored in self.checkpoint.headers:
+            if alias in reference.headers and alias not in self.names and stored in self.checkpoint.headers:
                 self.names[alias] = stored
         self.extra = [name for name in own if name not in mapping and name not in tied]
 
@@ -107,7 +107,7 @@ class Expert:
 
     @property
     def auto_class(self) -> str:
-        """The transformers class that loads this expert: its own, or the one its adapter's task type names."""
+        """The transformers class that loads this expert: its own, or its adapter's task type's; '' is the base's."""
         if self.adapter and not self.config:
-            return TASK_CLASSES.get(str(self.adapter.options.get("task_type")), "AutoModel")
+            return TASK_CLASSES.get(str(self.adapter.options.get("task_type")), "")
         return self.architecture.class_name or "AutoModel"

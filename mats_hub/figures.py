@@ -87,7 +87,12 @@ def _results(report: MergeReport) -> Any:
     width = 0.8 / len(models)
     for index, model in enumerate(models):
         present = [(place, scores[task, model]) for place, task in enumerate(tasks) if (task, model) in scores]
-        axes.bar([p + (index - (len(models) - 1) / 2) * width for p, _ in present], [v for _, v in present], width, label=model)
+        axes.bar(
+            [p + (index - (len(models) - 1) / 2) * width for p, _ in present],
+            [v for _, v in present],
+            width,
+            label=model,
+        )
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set(ylabel=report.results[0]["metric"], ylim=(0, 1) if max(scores.values()) <= 1 else (0, None))
     axes.legend(frameon=False, ncols=2, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

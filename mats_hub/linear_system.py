@@ -33,7 +33,7 @@ class LinearSystem:
 
     @cached_property
     def rhs(self) -> Tensor:
-        """b = Σ wᵢ Cᵢ δᵢ."""
+        """B = Σ wᵢ Cᵢ δᵢ."""
         return _sum(c.matvec(d) for c, d in zip(self.curvatures, self.deltas, strict=True))
 
     def residual(self, x: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ def match(curvatures: Sequence[Curvature], deltas: Sequence[Tensor], weights: Se
 
     """
     if not len(curvatures) == len(deltas) == len(weights) > 0:
-        raise ValueError(f"{len(curvatures)} curvatures, {len(deltas)} deltas and {len(weights)} weights: one of each per expert")
+        raise ValueError(
+            f"{len(curvatures)} curvatures, {len(deltas)} deltas and {len(weights)} weights: one of each per expert"
+        )
     if len({delta.shape for delta in deltas}) > 1:
         raise ValueError(f"deltas of different shapes: {[tuple(delta.shape) for delta in deltas]}")
     scaled = tuple(c if w == 1 else c.scaled(w) for c, w in zip(curvatures, weights, strict=True))

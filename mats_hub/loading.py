@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mats_hub.architecture import describe
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError
 from mats_hub.expert import Expert
@@ -38,18 +39,22 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         model = _model_class(expert.auto_class)
         return _from_pretrained(model, expert.source, model_dtype).to(device).eval()
     base = base or open_source(expert.adapter.base, expert.source.token)
-    expert.align_to(Checkpoint(base).headers)
-    config = _config(expert.task_config(base.json("config.json")))
-    with _quiet():
-        model = _from_pretrained(_model_class(expert.auto_class), base, model_dtype, config=config)
+    reference = Checkpoint(base)
+    expert.align_to(reference)
+    config = _config(expert.task_config(reference.config))
+    model_class = _model_class(expert.auto_class or describe(reference.config).class_name or "AutoModel")
+    with quiet():
+        model = _from_pretrained(model_class, base, model_dtype, config=config)
         return _with_adapter(model, expert).to(device).eval()
 
 
-def load(model: str | Path, task: str | None = None, dtype: str = "auto", device: str = "cpu", token: str | None = None) -> Any:
-    """Return a merged model, with the head and the labels of one of its tasks.
+def load(
+    model: str | Path, task: str | None = None, dtype: str = "auto", device: str = "cpu", token: str | None = None
+) -> Any:
+    """Return a merged model as a transformers object, with the head and the labels of one of its tasks.
 
     Args:
-        model: a folder or Hub id of a merged model.
+        model: a folder or Hub id of a merged model, or of an expert (an adapter is merged into its base).
         task: one of the tasks it was merged from; needed only when heads are kept per task.
         dtype: what to load the weights in; ``auto`` takes the stored one.
         device: where to put it.
@@ -66,6 +71,8 @@ def load(model: str | Path, task: str | None = None, dtype: str = "auto", device
     from safetensors.torch import load_file
 
     source = open_source(model, token)
+    if "adapter_config.json" in source.sizes:
+        return load_expert(Expert(source, source.name), None, "float32" if dtype == "auto" else dtype, device)
     tasks = task_names(source)
     model_dtype = dtype if dtype == "auto" else getattr(__import__("torch"), dtype)
     if task is None:
@@ -76,14 +83,17 @@ def load(model: str | Path, task: str | None = None, dtype: str = "auto", device
 
         raise SourceError(f"{source.spec!r}: {unknown('task', task, tasks) if tasks else 'it has no tasks of its own'}")
     folder = f"{TASKS_FOLDER}/{task}"
-    config = _config(source.json(f"{folder}/{CONFIG_FILE}"))
-    with _quiet():
+    content = source.json(f"{folder}/{CONFIG_FILE}")
+    config = _config(content)
+    with quiet():
         built, info = _from_pretrained(
             _model_class((config.architectures or ["AutoModel"])[0]), source, model_dtype, config=config, info=True
         )
     head_file = f"{folder}/{HEAD_FILE}"
-    head = load_file(source.path(head_file)) if head_file in source.sizes else {}
-    result = built.load_state_dict({name: tensor.to(built.dtype) for name, tensor in head.items()}, strict=False)
+    stored = load_file(source.path(head_file)) if head_file in source.sizes else {}
+    in_model = {other: name for name, other in describe(content).stored_names.items()}
+    head = {in_model.get(name, name): tensor.to(built.dtype) for name, tensor in stored.items()}
+    result = built.load_state_dict(head, strict=False)
     missing = sorted(set(info["missing_keys"]) - set(head))
     if missing or result.unexpected_keys:
         raise CheckpointError(
@@ -131,7 +141,7 @@ def _from_pretrained(model_class: Any, source: Source, dtype: Any, config: Any =
         where.update(revision=source.commit, token=source.token)
     if config is not None:
         where.update(config=config)
-    with _quiet():
+    with quiet():
         return model_class.from_pretrained(**where, dtype=dtype, use_safetensors=True, output_loading_info=info)
 
 
@@ -151,7 +161,7 @@ def _with_adapter(model: Any, expert: Expert) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the note that a head is new: it is filled in, and checked, right after."""
     from transformers.utils import logging
 

@@ -18,7 +18,8 @@ from mats_hub.card import write_card
 from mats_hub.errors import OutputError, RecipeError, SourceError
 from mats_hub.expert import Expert
 from mats_hub.loading import CONFIG_FILE, HEAD_FILE, TASKS_FOLDER, concrete_class, load
-from mats_hub.plan import Plan, make_plan
+from mats_hub.plan import Plan
+from mats_hub.planning import make_plan
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport
 from mats_hub.source import Source, file_sha256, open_source
@@ -53,7 +54,9 @@ class MergedModel:
 
     """
 
-    def __init__(self, folder: Path, report: MergeReport, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, report: MergeReport, scratch: tempfile.TemporaryDirectory[str] | None = None
+    ) -> None:
         self.folder, self.report, self._scratch = folder, report, scratch
 
     @classmethod
@@ -66,7 +69,9 @@ class MergedModel:
         """
         source = open_source(model, token)
         if REPORT_FILE not in source.sizes or source.folder is None:
-            raise SourceError(f"{source.spec!r} is no folder with a merged model of this package: it has no {REPORT_FILE}")
+            raise SourceError(
+                f"{source.spec!r} is no folder with a merged model of this package: it has no {REPORT_FILE}"
+            )
         return cls(source.folder, MergeReport.from_mapping(source.json(REPORT_FILE)))
 
     def load(self, task: str | None = None, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -91,7 +96,9 @@ class MergedModel:
         self.report.write(self.folder)
         write_card(self.report, self.folder)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | bool | None = None, **options: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | bool | None = None, **options: Any
+    ) -> str:
         """Publish the folder in one commit; see `mats_hub.hub.push`. Returns the commit's URL."""
         from mats_hub.hub import push
 
@@ -169,7 +176,9 @@ def check_output(folder: str | Path) -> Path:
     """
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"the output {str(folder)!r} exists and is not an empty folder; name another one or empty it first")
+        raise OutputError(
+            f"the output {str(folder)!r} exists and is not an empty folder; name another one or empty it first"
+        )
     return target
 
 
@@ -241,7 +250,8 @@ def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
     folder.mkdir(parents=True)
     config = {k: v for k, v in expert.task_config(plan.reference.config).items() if k != "_name_or_path"}
     if config.get("model_type"):
-        config["architectures"] = [concrete_class(expert.auto_class, config)]
+        name = expert.auto_class or (plan.reference.config.get("architectures") or ["AutoModel"])[0]
+        config["architectures"] = [concrete_class(name, config)]
     _write_json(folder / CONFIG_FILE, config)
     head = {own: expert.whole_tensor(own).contiguous() for own in plan.kept[expert.name]}
     if head:
@@ -261,7 +271,9 @@ def _copy_companions(plan: Plan, folder: Path) -> list[str]:
         for name in names:
             content = source.json(name) if name.endswith("_config.json") else {}
             if content:
-                _write_json(folder / name, {k: v for k, v in content.items() if k not in ("name_or_path", "_name_or_path")})
+                _write_json(
+                    folder / name, {k: v for k, v in content.items() if k not in ("name_or_path", "_name_or_path")}
+                )
             else:
                 shutil.copyfile(source.path(name), folder / name)
         return []
@@ -288,7 +300,7 @@ def _expert_facts(plan: Plan, index: int) -> dict[str, Any]:
         "kind": expert.kind,
         "weight": expert.weight,
         "kept": plan.kept[expert.name],
-        "class": expert.auto_class,
+        "class": expert.auto_class or (plan.reference.config.get("architectures") or [""])[0],
         "statistics": asdict(statistics.provenance) if statistics else None,
     }
 

@@ -73,7 +73,9 @@ INITIALIZATION_OPTIONS: dict[str, type[Part]] = {
 class Curvature(Part):
     """Which directions of each weight matter to each task, and how the tasks are brought to one scale."""
 
-    kind: CurvatureKind = Field("kfac", description="gram (inputs), kfac (inputs and output gradients) or fisher (diagonal)")
+    kind: CurvatureKind = Field(
+        "kfac", description="gram (inputs), kfac (inputs and output gradients) or fisher (diagonal)"
+    )
     off_diagonal: float = Field(1.0, ge=0, le=1, description="factor of the Grams' off-diagonal entries (RegMean: 0.9)")
     floor: NonNegative = Field(0.0, description="smallest value of a Fisher entry")
     normalization: Literal["none", "trace", "frobenius"] = Field(
@@ -84,8 +86,12 @@ class Curvature(Part):
 class Solver(Part):
     """How the linear system is solved from the initialization."""
 
-    method: Literal["cg", "exact"] = Field("cg", description="conjugate gradient, or the closed form where there is one")
-    iterations: int = Field(100, ge=0, le=100_000, description="conjugate-gradient steps; stopping there is part of the method")
+    method: Literal["cg", "exact"] = Field(
+        "cg", description="conjugate gradient, or the closed form where there is one"
+    )
+    iterations: int = Field(
+        100, ge=0, le=100_000, description="conjugate-gradient steps; stopping there is part of the method"
+    )
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop earlier once the relative residual is below this")
     preconditioner: Literal["none", "kronecker"] = Field(
         "none", description="none is the paper's path; kronecker (K-FAC only) needs far fewer iterations"
@@ -96,10 +102,14 @@ class ExpertEntry(Part):
     """One expert of a recipe."""
 
     model: str = Field(description="Hub id 'owner/name[@revision]' or a folder")
-    name: str | None = Field(None, pattern=r"^[\w][\w.-]*$", description="what its task is called; the id's last part otherwise")
+    name: str | None = Field(
+        None, pattern=r"^[\w][\w.-]*$", description="what its task is called; the id's last part otherwise"
+    )
     weight: Positive = Field(1.0, description="how much it counts")
     statistics: str | None = Field(None, description="file with its statistics; looked for beside the expert otherwise")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given"
+    )
 
 
 class Output(Part):
@@ -127,9 +137,13 @@ class Recipe(Part):
     )
     include: tuple[str, ...] = Field((), description="patterns of tensors to merge; all when empty")
     exclude: tuple[str, ...] = Field((), description="patterns of tensors to take from the base unchanged")
-    keep_per_task: tuple[str, ...] = Field((), description="patterns of tensors to keep per expert beside the merged ones")
+    keep_per_task: tuple[str, ...] = Field(
+        (), description="patterns of tensors to keep per expert beside the merged ones"
+    )
     allow_other_base: bool = Field(False, description="accept adapters that name another base (a mirror of this one)")
-    tokenizer: str | None = Field(None, description="model the tokenizer and processor files come from; the base otherwise")
+    tokenizer: str | None = Field(
+        None, description="model the tokenizer and processor files come from; the base otherwise"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
     output: Output = Field(default_factory=Output)
 
@@ -148,7 +162,9 @@ class Recipe(Part):
             raise ValueError("a curvature needs a solver and a solver needs a curvature; give both or neither")
         kfac = self.curvature is not None and self.curvature.kind == "kfac"
         if self.solver is not None and self.solver.preconditioner == "kronecker" and not kfac:
-            raise ValueError("preconditioner 'kronecker' belongs to curvature kind 'kfac'; use 'none', or solver method 'exact'")
+            raise ValueError(
+                "preconditioner 'kronecker' belongs to curvature kind 'kfac'; use 'none', or solver method 'exact'"
+            )
         return self
 
     @classmethod
@@ -383,7 +399,9 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{part} must be a name or a mapping of options, not {given!r}")
         given = dict(given or {})
         if name != "mats" and given.get(key, implied[key]) != implied[key]:
-            way_out = "use method 'mats', which takes any" if name in ("fisher", "regmean") else "name that method instead"
+            way_out = (
+                "use method 'mats', which takes any" if name in ("fisher", "regmean") else "name that method instead"
+            )
             raise RecipeError(f"method {name!r} has {part} {implied[key]!r}, not {given[key]!r}; {way_out}")
         content[part] = {**implied, **given} if given.get(key, implied[key]) == implied[key] else given
     return content

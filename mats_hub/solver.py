@@ -93,18 +93,23 @@ def conjugate_gradient(
     precondition = preconditioner or (lambda residual: residual)
     y = precondition(r)
     p, ry = y, _dot(r, y)
-    floor = 8 * torch.finfo(x.dtype).eps
+    rounding, largest = 4 * torch.finfo(x.dtype).eps, 0.0
     outcome, step, kept = Outcome.ITERATIONS, 0, {}
     while step < iterations:
         Ap = system.operator.matvec(p)
         curvature = _dot(p, Ap)
         if not math.isfinite(curvature) or not math.isfinite(ry):
             raise NumericalError(f"a non-finite value at iteration {step + 1} of conjugate gradient")
-        if curvature <= 0 or ry <= 0:
-            if curvature >= -floor * _norm(p) * _norm(Ap) or residuals[-1] <= floor * residuals[0]:
-                outcome = Outcome.ROUNDING
-                break
-            raise NumericalError(f"negative curvature {curvature:.3g} at iteration {step + 1}: not positive semidefinite")
+        # The product A p is off by up to ε ‖A‖ ‖p‖: below that, p is a null direction and a step along it would be noise.
+        size = _dot(p, p)
+        largest = max(largest, curvature / size) if size > 0 else largest
+        if ry <= 0 or abs(curvature) <= rounding * largest * size:
+            outcome = Outcome.ROUNDING
+            break
+        if curvature < 0:
+            raise NumericalError(
+                f"negative curvature {curvature:.3g} at iteration {step + 1}: not positive semidefinite"
+            )
         alpha = ry / curvature
         x.add_(p, alpha=alpha * start)
         r = r - alpha * Ap
@@ -262,4 +267,6 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _norm(a: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a) if a.device.type == "mps" else torch.linalg.vector_norm(a, dtype=torch.float64))
+    return float(
+        torch.linalg.vector_norm(a) if a.device.type == "mps" else torch.linalg.vector_norm(a, dtype=torch.float64)
+    )

@@ -111,7 +111,9 @@ class Source:
         try:
             content = json.loads(self.path(filename).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.spec!r}: {filename} is not valid JSON ({error}); fetch the model again") from None
+            raise CheckpointError(
+                f"{self.spec!r}: {filename} is not valid JSON ({error}); fetch the model again"
+            ) from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{self.spec!r}: {filename} holds a {type(content).__name__}, not an object")
         return content
@@ -173,7 +175,9 @@ class Source:
     def _require(self, filename: str, pickled: str) -> tuple[str, ...]:
         if filename in self.sizes:
             return (filename,)
-        pickles = [name for name in self.sizes if name.startswith(pickled.split(".")[0]) and name.endswith((".bin", ".pt"))]
+        pickles = [
+            name for name in self.sizes if name.startswith(pickled.split(".")[0]) and name.endswith((".bin", ".pt"))
+        ]
         if pickles:
             raise CheckpointError(
                 f"{self.spec!r} holds its weights as a pickle ({pickles[0]}), which can run code when opened. Convert it "
@@ -220,7 +224,9 @@ def open_source(spec: str | Path, token: str | bool | None = None) -> Source:
         return _folder_source(text, folder)
     repo_id, _, revision = text.partition("@")
     if not HUB_ID.match(repo_id) or ".." in text or folder.exists():
-        raise SourceError(f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'")
+        raise SourceError(
+            f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'"
+        )
     return _hub_source(text, repo_id, revision or None, token)
 
 
@@ -290,7 +296,9 @@ def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterato
         code = error.response.status_code if error.response is not None else "no"
         way_out = "sign in with 'hf auth login'" if code in (401, 403) else "try again later"
         message = str(error).strip().splitlines()
-        raise error_class(f"{spec!r}: the Hub answered {code} ({message[-1] if message else 'no text'}); {way_out}") from error
+        raise error_class(
+            f"{spec!r}: the Hub answered {code} ({message[-1] if message else 'no text'}); {way_out}"
+        ) from error
     except (errors.HFValidationError, errors.EntryNotFoundError) as error:
         raise error_class(f"{spec!r}: {error}") from error
     except MatsError:
@@ -355,7 +363,9 @@ def check_header(raw: dict[str, Any], data_bytes: int | None, spec: str, filenam
         except (KeyError, TypeError, ValueError):
             well_formed = False
         if not well_formed:
-            raise CheckpointError(f"{label}: the header's entry for tensor {name!r} is malformed or of an unknown dtype")
+            raise CheckpointError(
+                f"{label}: the header's entry for tensor {name!r} is malformed or of an unknown dtype"
+            )
         if data_bytes is not None and end > data_bytes:
             raise CheckpointError(
                 f"{label} is cut short: tensor {name!r} ends at byte {end} of the data, but only {data_bytes} are there; "

@@ -1,10 +1,10 @@
 """Statistics: what curvatures are made from, measured once per expert on its task's data.
 
-    tasks       a data set's examples as model inputs, and the model's own loss
-    collect     hooks on modules
-    accumulate  sums and counts
-    file        the safetensors file with provenance; curvatures made from it
-    measure     all of it, from an id to a file
+tasks       a data set's examples as model inputs, and the model's own loss
+collect     hooks on modules
+accumulate  sums and counts
+file        the safetensors file with provenance; curvatures made from it
+measure     all of it, from an id to a file
 """
 
 from mats_hub.statistics.accumulate import Sums

@@ -177,7 +177,9 @@ def _needs_labels(model: nn.Module) -> bool:
 def _add_fisher(model: nn.Module, batch: Batch, sums: Sums, loss: LossFunction) -> None:
     parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
     for index in range(_batch_size(batch)):
-        example = {key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        example = {
+            key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()
+        }
         value = loss(model, example)
         gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):

@@ -98,11 +98,15 @@ class Statistics:
             version = int(content["provenance"]["format_version"])
             known = {f.name for f in fields(Provenance)}
             given = {key: value for key, value in content["provenance"].items() if key in known}
-            provenance = Provenance(**{**given, "kinds": tuple(given["kinds"]), "transposed": tuple(given["transposed"])})
+            provenance = Provenance(
+                **{**given, "kinds": tuple(given["kinds"]), "transposed": tuple(given["transposed"])}
+            )
             tokens = {str(key): int(value) for key, value in content["tokens"].items()}
             aliases = {str(key): str(value) for key, value in content["aliases"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-            raise StatisticsError(f"{path.name!r} is a safetensors file but holds no statistics of this package") from None
+            raise StatisticsError(
+                f"{path.name!r} is a safetensors file but holds no statistics of this package"
+            ) from None
         if version > FORMAT_VERSION:
             raise StatisticsError(
                 f"{path.name!r} has statistics of format {version}; this version reads up to {FORMAT_VERSION}. Update mats-hub"
@@ -180,7 +184,11 @@ class Statistics:
             )
 
     def curvature(
-        self, parameter: str, options: CurvatureOptions, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        parameter: str,
+        options: CurvatureOptions,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Curvature:
         """Return the curvature of one parameter: the mean over tokens (Grams) or examples (Fisher) of the stored sums.
 

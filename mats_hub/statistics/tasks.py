@@ -196,7 +196,12 @@ TASKS: dict[str, Task] = {
 }
 """Every kind of task; a new one is a row here."""
 
-TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+)
 COLUMN_NAMES = {
     "text": ("text", "sentence", "content", "input", "source"),
     "label": ("label", "labels"),
@@ -216,7 +221,9 @@ def infer_task(class_name: str) -> Task:
     for task in TASKS.values():
         if class_name.endswith(task.suffixes):
             return task
-    raise StatisticsError(f"cannot tell the task of a {class_name or 'model without a class'}; name one of: {', '.join(TASKS)}")
+    raise StatisticsError(
+        f"cannot tell the task of a {class_name or 'model without a class'}; name one of: {', '.join(TASKS)}"
+    )
 
 
 def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labels: bool = True) -> Columns:
@@ -250,7 +257,9 @@ def _infer_role(role: str, present: Sequence[str]) -> Any:
     return (named[0],) if named and role == "text" else (named[0] if named else None)
 
 
-def load_dataset(name: Any, config: str | None = None, split: str | None = None, token: Any = None) -> tuple[Any, str, str | None]:
+def load_dataset(
+    name: Any, config: str | None = None, split: str | None = None, token: Any = None
+) -> tuple[Any, str, str | None]:
     """Open a data set: a `datasets.Dataset`, a JSONL, CSV or Parquet file, or a Hub id ``owner/name[@revision]``.
 
     Returns:
@@ -270,7 +279,9 @@ def load_dataset(name: Any, config: str | None = None, split: str | None = None,
         with _no_progress_bars():
             if path.is_file():
                 if path.suffix not in formats:
-                    raise SourceError(f"{path.name!r}: data files are {', '.join(formats)}, or a data set's id on the Hub")
+                    raise SourceError(
+                        f"{path.name!r}: data files are {', '.join(formats)}, or a data set's id on the Hub"
+                    )
                 loaded = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
                 return loaded, path.name, None
             repo_id, _, revision = str(name).partition("@")
@@ -278,11 +289,15 @@ def load_dataset(name: Any, config: str | None = None, split: str | None = None,
                 from mats_hub.source import hub_api
 
                 commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
-                loaded = datasets.load_dataset(repo_id, config, split=split or "validation", revision=commit, token=token)
+                loaded = datasets.load_dataset(
+                    repo_id, config, split=split or "validation", revision=commit, token=token
+                )
             return loaded, repo_id, commit
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
         text = str(error).strip().splitlines()
-        raise SourceError(f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}") from error
+        raise SourceError(
+            f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}"
+        ) from error
 
 
 class _no_progress_bars:

@@ -1,0 +1,222 @@
+"""The command line: parse, make one public call, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mats_hub import __version__
+from mats_hub.errors import MatsError
+from mats_hub.recipe import (
+    INITIALIZATION_OPTIONS,
+    METHODS,
+    OPTION_OWNERS,
+    Curvature,
+    ExpertEntry,
+    Output,
+    Recipe,
+    Solver,
+)
+
+EXPERT_OPTIONS = ("name", "weight", "statistics")
+"""Fields of an expert that the command line takes as one value per expert, in their order."""
+
+DATA_OPTIONS: dict[str, str] = {
+    "dataset": "Hub id 'owner/name[@revision]', or a JSONL, CSV or Parquet file",
+    "config": "the data set's configuration",
+    "split": "the data set's split",
+    "label": "label column; inferred from usual names otherwise",
+    "image": "image column",
+    "target": "target text column",
+    "task": "the kind of task, when the model's class does not tell",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, or 1 after an error that was explained."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("run")
+    try:
+        return int(command(**arguments) or 0)
+    except MatsError as error:
+        print(f"mats-hub: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mats-hub: stopped; nothing was left half-written", file=sys.stderr)
+        return 130
+
+
+def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    """Show a progress bar with the time left on standard error."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=description, dynamic_ncols=True, disable=None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mats-hub",
+        description="Merge fine-tuned models from the Hugging Face Hub into one that does all their tasks.",
+        epilog="Methods:\n" + "\n".join(f"  {name:16}{method.summary}" for name, method in METHODS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mats-hub {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="train three small experts, merge them with four methods, compare; works offline"
+    )
+    demo.add_argument("--output", default="mats-demo", help="folder to write (default: %(default)s)")
+    demo.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    demo.set_defaults(run=_demo)
+
+    _add_statistics(commands)
+    plan = commands.add_parser(
+        "plan", help="show what a merge would do to every tensor, and every problem, without doing it"
+    )
+    _add_recipe_flags(plan)
+    plan.set_defaults(run=_plan)
+
+    merge = commands.add_parser("merge", help="merge experts, from a recipe file or from flags")
+    _add_recipe_flags(merge)
+    merge.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
+    merge.add_argument("--push", metavar="OWNER/NAME", help="publish the result there")
+    merge.add_argument("--private", action="store_true", help="make the published repository private")
+    merge.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    merge.set_defaults(run=_merge)
+
+    push = commands.add_parser("push", help="publish a merged model's folder")
+    push.add_argument("folder", help="the merged model")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="where to")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.set_defaults(run=_push)
+    return parser
+
+
+def _add_statistics(commands: Any) -> None:
+    statistics = commands.add_parser("statistics", help="measure an expert's statistics on its task's data")
+    statistics.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
+    statistics.add_argument(
+        "--kind", action="append", help="gram, kfac or fisher; may be given more than once (default: kfac)"
+    )
+    statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
+    for name, text in DATA_OPTIONS.items():
+        statistics.add_argument(f"--{name}", help=text, required=name == "dataset")
+    statistics.add_argument("--base", help="an adapter's base, when it is not the one it names")
+    statistics.add_argument("--examples", type=int, default=1000, help="at most so many (default: %(default)s)")
+    statistics.add_argument(
+        "--batch-size", type=int, default=16, help="results do not depend on it (default: %(default)s)"
+    )
+    statistics.add_argument("--max-length", type=int, help="tokens after which a text is cut")
+    statistics.add_argument("--seed", type=int, default=0, help="of the draw of examples (default: %(default)s)")
+    statistics.add_argument("--dtype", default="float32", help="what the model runs in (default: %(default)s)")
+    statistics.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    statistics.add_argument("--output", help="file to write (default: NAME.statistics.safetensors)")
+    statistics.set_defaults(run=_statistics)
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of the recipe's schema."""
+    parser.add_argument(
+        "experts", nargs="+", metavar="MODEL", help="a recipe file (.yaml), or Hub ids or folders of experts"
+    )
+    for name in EXPERT_OPTIONS:
+        field = ExpertEntry.model_fields[name]
+        parser.add_argument(f"--{name}", nargs="+", help=f"one per expert: {field.description}")
+    parser.add_argument("--initialization", help=", ".join(INITIALIZATION_OPTIONS))
+    parser.add_argument("--curvature", help=Curvature.model_fields["kind"].description)
+    parser.add_argument("--solver", help=Solver.model_fields["method"].description)
+    owners: dict[str, Any] = {"curvature": Curvature, "solver": Solver, "output": Output}
+    for name, field in Recipe.model_fields.items():
+        if name in ("experts", "initialization", "curvature", "solver", "output"):
+            continue
+        kind: dict[str, Any] = {}
+        if field.annotation is bool:
+            kind = {"action": "store_true", "default": None}
+        elif name in ("include", "exclude", "keep_per_task"):
+            kind = {"action": "append", "metavar": "PATTERN"}
+        parser.add_argument(_flag(name), help=field.description, **kind)
+    for name, owner in OPTION_OWNERS.items():
+        holders = [owners[owner]] if owner in owners else INITIALIZATION_OPTIONS.values()
+        described = next(holder.model_fields[name] for holder in holders if name in holder.model_fields)
+        parser.add_argument(_flag(name), help=f"{owner}: {described.description}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    """Return the recipe that the flags describe."""
+    from mats_hub.errors import RecipeError
+
+    experts: list[str] = options.pop("experts")
+    per_expert = {name: options.pop(name) for name in EXPERT_OPTIONS}
+    given = {name: value for name, value in {**options, **per_expert}.items() if value is not None}
+    if experts[0].endswith((".yaml", ".yml")):
+        if len(experts) > 1 or given:
+            extra = ", ".join([*experts[1:], *(_flag(name) for name in given)])
+            raise RecipeError(f"a recipe file stands alone, but there is also {extra}; write it into {experts[0]}")
+        return Recipe.load(experts[0])
+    entries: list[dict[str, Any]] = [{"model": expert} for expert in experts]
+    for name, values in per_expert.items():
+        if values is None:
+            continue
+        if len(values) != len(experts):
+            raise RecipeError(
+                f"--{name} has {len(values)} values for {len(experts)} experts; give one for each, in their order"
+            )
+        for entry, value in zip(entries, values, strict=True):
+            entry[name] = value
+    return Recipe.build(entries, **options)
+
+
+def _demo(output: str, device: str) -> None:
+    from mats_hub.demo import run_demo
+
+    run_demo(output, device, progress, print)
+
+
+def _statistics(model: str, output: str | None, kind: list[str] | None, **options: Any) -> None:
+    from mats_hub.statistics import compute_statistics
+
+    name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
+    target = output or f"{name}.statistics.safetensors"
+    statistics = compute_statistics(model, kind=kind or "kfac", output=target, progress=progress, **options)
+    found = statistics.provenance
+    print(f"{target}: {', '.join(found.kinds)} of {found.model} on {found.examples} examples, {found.tokens} tokens")
+    print(f"next: mats-hub merge {model} … --statistics {target} … --output merged/")
+
+
+def _plan(**options: Any) -> int:
+    from mats_hub.planning import make_plan
+
+    plan = make_plan(_recipe(options))
+    print(plan)
+    return 1 if plan.problems else 0
+
+
+def _merge(output: str, push: str | None, private: bool, device: str, **options: Any) -> None:
+    from mats_hub.merged_model import merge
+
+    merged = merge(_recipe(options), output=output, device=device, progress=progress)
+    for note in merged.report.notes:
+        print(f"note: {note}")
+    print(f"merged {len(merged.report.experts)} experts with {merged.report.recipe['method']} into {output}")
+    if push:
+        print(merged.push_to_hub(push, private=private))
+    else:
+        print(f"next: read {output}/README.md, then mats-hub push {output} OWNER/NAME")
+
+
+def _push(folder: str, repo_id: str, private: bool, create_pr: bool) -> None:
+    from mats_hub.hub import push
+
+    print(push(folder, repo_id, private=private, create_pr=create_pr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""Making the plan, from configs and headers alone: every refusal that they can show, all problems at once.
+
+No weight is read here, but for the fingerprint of a local folder when statistics or a pinned recipe ask for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from mats_hub.architecture import Architecture, align, describe
+from mats_hub.checkpoint import Checkpoint, parse_size
+from mats_hub.curvature import Diagonal, Gram, Kronecker
+from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError, StatisticsMismatch
+from mats_hub.expert import Expert
+from mats_hub.plan import Action, Entry, Plan, layer_pattern
+from mats_hub.recipe import CURVATURE_KINDS, ExpertEntry, Recipe
+from mats_hub.solver import has_closed_form
+from mats_hub.source import Source, open_source
+from mats_hub.statistics.file import STATISTICS_FILE, Statistics
+
+CURVATURE_CLASSES = {"gram": Gram, "kfac": Kronecker, "fisher": Diagonal}
+
+
+def make_plan(recipe: Recipe, token: str | bool | None = None) -> Plan:
+    """Return the plan of a recipe; its problems are listed in it, not raised.
+
+    Args:
+        recipe: what to merge and how.
+        token: Hub token; the one stored on this machine otherwise.
+
+    """
+    plan = Plan(recipe)
+    _open_experts(plan, token)
+    _open_base(plan, token)
+    if plan.problems or not plan.experts:
+        return plan
+    reference = plan.reference
+    for expert in plan.experts:
+        expert.align_to(reference)
+    _check_structure(plan)
+    structure = not plan.problems
+    _open_statistics(plan, token)
+    _check_method(plan)
+    if structure:
+        _fill_entries(plan)
+    plan.recipe = _pinned(plan)
+    return plan
+
+
+def _open_experts(plan: Plan, token: str | bool | None) -> None:
+    for entry in plan.recipe.experts:
+        try:
+            source = open_source(entry.model, token)
+            expert = Expert(source, entry.name or source.name, entry.weight)
+            if entry.sha256 and entry.sha256 != source.fingerprint:
+                raise IncompatibleExperts(
+                    f"expert {expert.name!r}: its weights have fingerprint {source.fingerprint[:12]}, but the recipe was made "
+                    f"with {entry.sha256[:12]}; use those weights, or drop 'sha256' from the recipe"
+                )
+            plan.experts.append(expert)
+        except MatsError as error:
+            plan.problems.append(error)
+    repeated = [name for name, count in Counter(e.name for e in plan.experts).items() if count > 1]
+    for name in repeated:
+        plan.problems.append(
+            RecipeError(
+                f"two experts are called {name!r}; give each entry of 'experts' its own 'name' (or --name on the command line)"
+            )
+        )
+
+
+def _open_base(plan: Plan, token: str | bool | None) -> None:
+    """Open the base: the recipe's, else the one the adapters name; check that all adapters agree on it."""
+    adapters = [(expert, expert.adapter) for expert in plan.experts if expert.adapter]
+    spec = plan.recipe.base or next((adapter.base for _, adapter in adapters if adapter.base), None)
+    if spec is None:
+        if adapters:
+            plan.problems.append(
+                RecipeError(
+                    f"adapter {adapters[0][0].source.spec!r} does not name its base; name it with 'base' (--base)"
+                )
+            )
+        return
+    try:
+        plan.base = Checkpoint(open_source(spec, token))
+    except MatsError as error:
+        plan.problems.append(error)
+        return
+    if plan.recipe.allow_other_base:
+        return
+    named: dict[str, Expert] = {}
+    for expert, adapter in adapters:
+        if adapter.base:
+            named.setdefault(adapter.base.partition("@")[0].lower(), expert)
+    if len(named) > 1:
+        (one, first), (other, second) = list(named.items())[:2]
+        plan.problems.append(
+            IncompatibleExperts(
+                f"adapter {first.source.spec!r} was trained on base {one!r}, but adapter {second.source.spec!r} on {other!r}; "
+                "task vectors of different bases cannot be merged. If one is a mirror of the other, set "
+                "allow_other_base: true (--allow-other-base)"
+            )
+        )
+    for name, expert in named.items():
+        if not _same_base(name, plan.base.source):
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"adapter {expert.source.spec!r} was trained on base {name!r}, but the merge's base is {spec!r}. Leave "
+                    "'base' out, or, if it is a mirror of the same weights, set allow_other_base: true (--allow-other-base)"
+                )
+            )
+
+
+def _same_base(name: str, base: Source) -> bool:
+    """Tell whether an adapter's base can be this one; a folder is believed unless the name is another folder here."""
+    if base.repo_id:
+        return name == base.repo_id.lower()
+    try:
+        other = open_source(name) if re.search(r"[/\\]", name) and name.startswith(("/", ".", "~")) else None
+    except MatsError:
+        return True
+    return other is None or other.folder is None or other.fingerprint == base.fingerprint
+
+
+def _check_structure(plan: Plan) -> None:
+    """Refuse experts that are not the same network as the reference."""
+    reference = plan.reference
+    kind = reference.config.get("model_type")
+    layers = {layer_pattern(key) for key in reference.headers if layer_pattern(key) != key}
+    for expert in plan.experts:
+        own_kind = expert.config.get("model_type")
+        if kind and own_kind and kind != own_kind:
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"expert {expert.name!r} is a {own_kind} model, but {reference.source.spec!r} is a {kind}; "
+                    "only fine-tuned versions of one base can be merged"
+                )
+            )
+            continue
+        if not expert.names:
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"expert {expert.name!r} shares no tensor name with {reference.source.spec!r}; is it another architecture?"
+                )
+            )
+            continue
+        beyond = [own for own in expert.extra if layer_pattern(_in_reference(expert, own)) in layers]
+        lacking = []
+        if not expert.adapter:
+            own_layers = layers & {layer_pattern(key) for key in expert.names}
+            lacking = [key for key in reference.headers if key not in expert.names and layer_pattern(key) in own_layers]
+        if beyond or lacking:
+            example = f"it has {beyond[0]!r}, which the other lacks" if beyond else f"it lacks {lacking[0]!r}"
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"expert {expert.name!r} has another number of layers than {reference.source.spec!r}: {example} "
+                    f"({len(beyond) + len(lacking)} such tensors); only fine-tuned versions of one base can be merged"
+                )
+            )
+
+
+def _in_reference(expert: Expert, own: str) -> str:
+    """Return how the reference would call an expert's tensor that it does not have."""
+    for target, name in expert.names.items():
+        if name.endswith(target) and name != target:
+            return own.removeprefix(name[: -len(target)])
+        if target.endswith(name) and name != target:
+            return target[: -len(name)] + own
+        break
+    return own
+
+
+def _open_statistics(plan: Plan, token: str | bool | None) -> None:
+    """Find each expert's statistics, check that they belong to it, and settle method ``auto``."""
+    recipe = plan.recipe
+    wanted = recipe.curvature is not None or recipe.method == "auto"
+    for entry, expert in zip(recipe.experts, plan.experts, strict=True):
+        statistics = None
+        try:
+            statistics = _statistics_of(entry, expert, token) if wanted else None
+            if statistics:
+                statistics.check_expert(expert.name, expert.source.fingerprint, expert.source.public_spec)
+        except MatsError as error:
+            plan.problems.append(error)
+        plan.statistics.append(statistics)
+    held = [statistics for statistics in plan.statistics if statistics]
+    kinds = [kind for kind in CURVATURE_KINDS if held and all(statistics.covers(kind) for statistics in held)]
+    if recipe.method == "auto":
+        plan.recipe = recipe.resolve(kinds if len(held) == len(plan.experts) else ())
+        lacking = [e.name for e, s in zip(plan.experts, plan.statistics, strict=True) if s is None]
+        because = f"there are no statistics for {', '.join(lacking)}" if lacking else "every expert has statistics"
+        plan.notes.append(f"no method was named: {plan.recipe.method} is used, because {because}")
+        return
+    if recipe.curvature is None:
+        return
+    for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
+        if statistics is None or not statistics.covers(recipe.curvature.kind):
+            has = f"statistics of kind {', '.join(statistics.provenance.kinds)} only" if statistics else "no statistics"
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r} has {has}, and method {recipe.method!r} needs kind {recipe.curvature.kind!r}. "
+                    f"Measure them with 'mats-hub statistics {expert.source.spec} --kind {recipe.curvature.kind} --dataset …', "
+                    "or take a method that needs none (ties, task_arithmetic)"
+                )
+            )
+
+
+def _statistics_of(entry: ExpertEntry, expert: Expert, token: str | bool | None) -> Statistics | None:
+    if entry.statistics is None:
+        here = STATISTICS_FILE in expert.source.sizes
+        return Statistics.load(expert.source.path(STATISTICS_FILE)) if here else None
+    path = Path(entry.statistics).expanduser()
+    if path.is_file() or path.suffix == ".safetensors":
+        return Statistics.load(path)
+    return Statistics.load(open_source(entry.statistics, token).path(STATISTICS_FILE))
+
+
+def _check_method(plan: Plan) -> None:
+    """Refuse methods that cannot do what is asked with what is there."""
+    recipe = plan.recipe
+    if plan.base is None and recipe.initialization.method != "average":
+        plan.problems.append(
+            RecipeError(
+                f"{recipe.initialization.method} works on task vectors, which need the base the experts were fine-tuned from; "
+                "name it with 'base' (--base), or use average, fisher, regmean or mats from average"
+            )
+        )
+    if recipe.curvature and recipe.solver and recipe.solver.method == "exact":
+        kinds = [CURVATURE_CLASSES[recipe.curvature.kind]] * len(plan.experts)
+        if not has_closed_form(kinds):
+            plan.problems.append(
+                RecipeError(
+                    f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most); use solver 'cg'"
+                )
+            )
+    try:
+        parse_size(recipe.output.max_shard_size)
+    except ValueError:
+        plan.problems.append(
+            RecipeError(f"output.max_shard_size is {recipe.output.max_shard_size!r}; write for example '5GB'")
+        )
+
+
+def _fill_entries(plan: Plan) -> None:
+    reference, recipe = plan.reference, plan.recipe
+    architecture = describe(reference.config)
+    heads = _HeadRule(plan, architecture)
+    coverage = _coverage(plan)
+    plan.kept = {expert.name: _kept_extra(plan, expert) for expert in plan.experts}
+    misfits: dict[str, list[str]] = {}
+    for key, header in reference.headers.items():
+        action, reason = _decide(plan, architecture, heads, key, misfits)
+        parameters: tuple[str, ...] = ()
+        if action is Action.INITIALIZE and recipe.curvature:
+            action, reason, parameters = _solvable(plan, coverage, key)
+        if action is Action.KEEP:
+            for expert in plan.experts:
+                if expert.holds(key) and expert.names[key] in expert.whole:
+                    plan.kept[expert.name].append(expert.names[key])
+        plan.entries.append(Entry(key, action, reason, header, parameters))
+    for name, clashes in misfits.items():
+        more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
+        plan.problems.append(
+            IncompatibleExperts(
+                f"expert {name!r} does not have the shapes of {reference.source.spec!r}: {clashes[0]}{more}. "
+                "Only fine-tuned versions of one base can be merged; leave a tensor out with exclude (--exclude 'PATTERN'), "
+                "which takes it from the base, or keep it per expert with keep_per_task (--keep-per-task 'PATTERN')"
+            )
+        )
+
+
+class _HeadRule:
+    """Which tensors belong to heads that differ between the experts, and so are kept per task."""
+
+    def __init__(self, plan: Plan, architecture: Architecture) -> None:
+        self._prefix = architecture.prefix
+        maps = [expert.config.get("id2label") for expert in plan.experts]
+        counts = [_label_count(expert) for expert in plan.experts]
+        self.labels_differ = any(m != maps[0] for m in maps[1:]) or any(c != counts[0] for c in counts[1:])
+
+    def is_head(self, key: str) -> bool:
+        """Tell whether a reference tensor lies outside the body."""
+        return bool(self._prefix) and not key.startswith(self._prefix)
+
+
+def _label_count(expert: Expert) -> object:
+    config = expert.config
+    return config.get("num_labels") or len(config.get("id2label") or ()) or None
+
+
+def _decide(
+    plan: Plan, architecture: Architecture, heads: _HeadRule, key: str, misfits: dict[str, list[str]]
+) -> tuple[Action, str]:
+    recipe, header = plan.recipe, plan.reference.headers[key]
+    if architecture.tied.get(key) in plan.reference.headers:
+        return Action.TIED, f"shares the weight of {architecture.tied[key]}"
+    if not header.is_float:
+        return Action.COPY, "not real numbers"
+    if _matches(key, recipe.exclude) or (recipe.include and not _matches(key, recipe.include)):
+        return Action.COPY, "left out by the recipe"
+    if _matches(key, recipe.keep_per_task):
+        return Action.KEEP, "kept per task by the recipe"
+    holders = [expert for expert in plan.experts if expert.holds(key)]
+    if not holders:
+        return Action.COPY, "no expert changes it"
+    if any(not expert.holds(key) and not expert.adapter for expert in plan.experts):
+        return Action.KEEP, "not every expert has it"
+    if heads.is_head(key) and heads.labels_differ:
+        return Action.KEEP, "the experts' labels differ"
+    other = [expert for expert in holders if expert.shape(expert.names[key]) != header.shape]
+    if other and heads.is_head(key):
+        return Action.KEEP, "its shape differs between experts"
+    for expert in other:
+        shape = expert.shape(expert.names[key])
+        misfits.setdefault(expert.name, []).append(f"{key!r} is {shape} and should be {header.shape}")
+    return Action.INITIALIZE, "no curvature is used"
+
+
+def _solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) -> tuple[Action, str, tuple[str, ...]]:
+    """Tell whether every expert's statistics cover a tensor; report those that cover it for some only, or misfit it."""
+    assert plan.recipe.curvature is not None
+    kind = plan.recipe.curvature.kind
+    if None in plan.statistics:
+        return Action.INITIALIZE, "statistics are missing", ()
+    holders = [names.get(key) for names in coverage]
+    found = [name for name in holders if name is not None]
+    if not found:
+        return Action.INITIALIZE, f"no expert's statistics have a {kind} curvature for it", ()
+    if len(found) < len(holders):
+        lacking = [e.name for e, name in zip(plan.experts, holders, strict=True) if name is None]
+        if plan.recipe.unmatched == "error":
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {lacking[0]!r} has no {kind} statistics for {key!r}, which other experts have; measure them again "
+                    f"with 'mats-hub statistics', or pass --unmatched initialize"
+                )
+            )
+        return Action.INITIALIZE, f"no statistics of {', '.join(lacking)}", ()
+    shape = plan.reference.headers[key].shape
+    for expert, statistics, name in zip(plan.experts, plan.statistics, found, strict=True):
+        assert statistics is not None
+        acts_on = statistics.covers(kind)[name]
+        stored = acts_on[::-1] if kind != "fisher" and statistics.is_transposed(name) else acts_on
+        fits = all(a in (0, b) for a, b in zip(stored, shape, strict=True)) if len(stored) == len(shape) else False
+        if not fits:
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r}: its statistics act on {stored} at {key!r}, whose shape is {shape}; "
+                    "they were measured on another model"
+                )
+            )
+    return Action.SOLVE, f"{kind} curvature of every expert", tuple(found)
+
+
+def _coverage(plan: Plan) -> list[dict[str, str]]:
+    """Return for each expert: reference tensor → its parameter's name in the statistics."""
+    if plan.recipe.curvature is None:
+        return [{} for _ in plan.experts]
+    kind, found = plan.recipe.curvature.kind, []
+    stored_names = describe(plan.reference.config).stored_names
+    for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
+        covered = statistics.covers(kind) if statistics else {}
+        names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
+        strangers = [name for name in covered if name not in names and name not in expert.extra]
+        if strangers and not expert.adapter:
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r}: its statistics are of {len(strangers)} parameters that neither it nor "
+                    f"{plan.reference.source.spec!r} has, such as {strangers[0]!r}; they were measured on another model"
+                )
+            )
+        found.append({target: name for name, target in names.items()})
+    return found
+
+
+def _kept_extra(plan: Plan, expert: Expert) -> list[str]:
+    kept = []
+    for own in expert.extra:
+        if expert.adapter and own in expert.adapter.factors:
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"adapter {expert.name!r} changes {own!r}, which {plan.reference.source.spec!r} does not have; "
+                    "is it an adapter of another base?"
+                )
+            )
+        elif expert.checkpoint.headers[expert.whole[own]].is_float:
+            kept.append(own)
+    return kept
+
+
+def _pinned(plan: Plan) -> Recipe:
+    """Return the recipe with every id pinned to its commit and every folder called by its last part."""
+    if len(plan.experts) != len(plan.recipe.experts):
+        return plan.recipe
+    experts = []
+    for entry, expert in zip(plan.recipe.experts, plan.experts, strict=True):
+        changes = {
+            "model": expert.source.public_spec,
+            "name": expert.name,
+            "statistics": _public_name(entry.statistics),
+        }
+        if not expert.source.repo_id:
+            changes["sha256"] = expert.source.fingerprint
+        experts.append(entry.model_copy(update=changes))
+    base = plan.base.source.public_spec if plan.base else None
+    return plan.recipe.model_copy(update={"base": base, "experts": tuple(experts)})
+
+
+def _public_name(path: str | None) -> str | None:
+    return re.split(r"[/\\]", path)[-1] if path and path.endswith(".safetensors") else path
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)

@@ -1,0 +1,128 @@
+"""Every method on real experts, its setting chosen on validation data: accuracy and the mean of merged ÷ expert.
+
+    python tests/benchmarks/experts.py --experts EXPERTS --tasks TASKS --base BASE [--statistics FOLDER]
+
+EXPERTS holds a folder per expert; TASKS a folder of the same name with validation.jsonl and test.jsonl (text, label).
+Statistics are measured on the validation data, once, into --statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from itertools import product
+from pathlib import Path
+
+import mats_hub
+from mats_hub.expert import Expert
+from mats_hub.loading import load_expert
+from mats_hub.source import open_source
+
+
+def grid(**options: list) -> list[dict]:
+    return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+
+
+KFAC = {"method": ["mats"], "curvature": ["kfac"]}
+METHODS: dict[str, list[dict]] = {
+    "average": grid(method=["average"]),
+    "task arithmetic": grid(method=["task_arithmetic"], scale=[0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+    "TIES": grid(method=["ties"], density=[0.1, 0.2, 0.5], scale=[0.7, 1.0, 1.5]),
+    "DARE": grid(method=["dare"], density=[0.5], scale=[0.3, 0.5, 0.6]),
+    "Fisher": grid(method=["fisher"], normalization=["none", "trace"]),
+    "RegMean": grid(method=["regmean"], off_diagonal=[0.9, 1.0]),
+    "MaTS, Gram, from average": grid(method=["mats"], curvature=["gram"], iterations=[10, 50, 100]),
+    "MaTS, K-FAC, from average": grid(**KFAC, iterations=[20, 50, 100]),
+    "MaTS, K-FAC, from task arithmetic": grid(
+        **KFAC, initialization=["task_arithmetic"], scale=[0.3, 0.6], iterations=[20, 100]
+    ),
+    "MaTS, K-FAC, preconditioned, from average": grid(**KFAC, preconditioner=["kronecker"], iterations=[2, 5, 20, 50]),
+    "MaTS, K-FAC, trace-normalized, from average": grid(**KFAC, normalization=["trace"], iterations=[50, 100]),
+    "MaTS, K-FAC, trace-normalized, preconditioned": grid(
+        **KFAC, normalization=["trace"], preconditioner=["kronecker"], iterations=[5, 20]
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=Path, required=True)
+    parser.add_argument("--tasks", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--statistics", type=Path, default=Path("statistics"))
+    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--examples", type=int, default=400)
+    parser.add_argument("--only", help="run only the methods whose name contains this text")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bench = Benchmark(arguments)
+    bench.measure()
+    print(f"experts alone, test accuracy: {json.dumps(bench.alone)}", flush=True)
+    for name, settings in METHODS.items():
+        if arguments.only is None or arguments.only in name:
+            bench.run(name, settings)
+
+
+class Benchmark:
+    """Experts, their statistics and their own scores."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.base, self.statistics, self.max_length = arguments.base, arguments.statistics, arguments.max_length
+        self.examples = arguments.examples
+        self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
+        self.experts = {task: arguments.experts / task for task in self.tasks}
+        self.alone = {task: round(self.score_expert(task), 4) for task in self.tasks}
+
+    def score_expert(self, task: str) -> float:
+        expert = Expert(open_source(self.experts[task]), task)
+        model = load_expert(expert, open_source(self.base))
+        test = self.tasks[task] / "test.jsonl"
+        return mats_hub.evaluate(model, dataset=test, processor=self.base, max_length=self.max_length)
+
+    def measure(self) -> None:
+        for task, folder in self.tasks.items():
+            target = self.statistics / f"{task}.safetensors"
+            if not target.exists():
+                mats_hub.compute_statistics(
+                    self.experts[task], base=str(self.base), dataset=folder / "validation.jsonl", kind=["kfac", "fisher"],
+                    examples=self.examples, max_length=self.max_length, output=target,
+                )  # fmt: skip
+
+    def score(self, model: mats_hub.MergedModel, split: str) -> dict[str, float]:
+        return {
+            task: mats_hub.evaluate(
+                model.folder, task=task, dataset=folder / f"{split}.jsonl", max_length=self.max_length
+            )
+            for task, folder in self.tasks.items()
+        }
+
+    def run(self, name: str, settings: list[dict]) -> None:
+        """Merge with every setting, choose on validation, print the chosen one's test scores as a table row."""
+        entries = [
+            {"model": str(self.experts[task]), "statistics": str(self.statistics / f"{task}.safetensors")}
+            for task in self.tasks
+        ]
+        best = None
+        for setting in settings:
+            started = time.perf_counter()
+            model = mats_hub.merge(entries, base=str(self.base), **setting)
+            seconds = time.perf_counter() - started
+            validation = self.mean(self.score(model, "validation"))
+            print(f"  {name} {setting}: validation {validation:.4f}, {seconds:.0f} s", flush=True)
+            if best is None or validation > best[0]:
+                best = (validation, setting, model)
+        assert best is not None
+        test = self.score(best[2], "test")
+        ratio = self.mean({task: value / self.alone[task] for task, value in test.items()})
+        chosen = ", ".join(f"{key} {value}" for key, value in best[1].items() if len({str(s[key]) for s in settings}) > 1)
+        print(f"| {name} | {chosen or '–'} | {best[0]:.3f} | {self.mean(test):.3f} | {ratio:.3f} |", flush=True)
+
+    @staticmethod
+    def mean(scores: dict[str, float]) -> float:
+        return sum(scores.values()) / len(scores)
+
+
+if __name__ == "__main__":
+    main()
