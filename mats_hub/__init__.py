@@ -45,7 +45,21 @@ _HOMES = {
 }
 """Public name → its module; loaded when first used, so that ``import mats_hub`` loads nothing heavy."""
 
-__all__ = ["METHODS", "MatsError", "MergedModel", "Plan", "Recipe", "Statistics", "__version__", "compute_statistics", "evaluate", "load", "make_plan", "merge", "push"]  # fmt: skip
+__all__ = [
+    "METHODS",
+    "MatsError",
+    "MergedModel",
+    "Plan",
+    "Recipe",
+    "Statistics",
+    "__version__",
+    "compute_statistics",
+    "evaluate",
+    "load",
+    "make_plan",
+    "merge",
+    "push",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -146,20 +146,21 @@ class CheckpointWriter:
             self._begin(shard)
         assert self._file is not None
         stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
-        self._file.write(memoryview(stored.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
         self._position += 1
 
     def _begin(self, shard: int) -> None:
         if self._file is not None:
             self._file.close()
-        header, offset = {"__metadata__": self._metadata}, 0
+        header: dict[str, object] = {"__metadata__": self._metadata}
+        offset = 0
         for name in self._shards[shard]:
             entry = self._layout[name]
             header[name] = {
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),
                 "data_offsets": [offset, offset + entry.nbytes],
-            }  # type: ignore[assignment]
+            }
             offset += entry.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

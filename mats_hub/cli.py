@@ -13,9 +13,9 @@ from mats_hub.recipe import (
     INITIALIZATION_OPTIONS,
     METHODS,
     OPTION_OWNERS,
+    PARTS,
     Curvature,
     ExpertEntry,
-    Output,
     Recipe,
     Solver,
 )
@@ -129,7 +129,6 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initialization", help=", ".join(INITIALIZATION_OPTIONS))
     parser.add_argument("--curvature", help=Curvature.model_fields["kind"].description)
     parser.add_argument("--solver", help=Solver.model_fields["method"].description)
-    owners: dict[str, Any] = {"curvature": Curvature, "solver": Solver, "output": Output}
     for name, field in Recipe.model_fields.items():
         if name in ("experts", "initialization", "curvature", "solver", "output"):
             continue
@@ -140,7 +139,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             kind = {"action": "append", "metavar": "PATTERN"}
         parser.add_argument(_flag(name), help=field.description, **kind)
     for name, owner in OPTION_OWNERS.items():
-        holders = [owners[owner]] if owner in owners else INITIALIZATION_OPTIONS.values()
+        holders = [PARTS[owner]] if owner in PARTS else INITIALIZATION_OPTIONS.values()
         described = next(holder.model_fields[name] for holder in holders if name in holder.model_fields)
         parser.add_argument(_flag(name), help=f"{owner}: {described.description}")
 

@@ -5,7 +5,7 @@ Only the training is the demonstration's own: everything else is the public func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,9 @@ def _train_models(stage: Path, data: dict[str, Any], progress: Progress) -> None
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     torch.manual_seed(0)
-    config = ViTConfig(
+    config: Any = ViTConfig(
         image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
-        num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(TASKS["upright-digit"].labels)), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     processor = ViTImageProcessorPil(do_resize=False)
     digit = TASKS["upright-digit"]
@@ -173,7 +173,7 @@ def _pixels(processor: Any, dataset: Any) -> tuple[Any, Any]:
     return processor(images, return_tensors="pt")["pixel_values"], torch.tensor(list(dataset["label"]))
 
 
-def _train(model: Any, data: tuple[Any, Any], steps: int, rate: float, progress: Progress, description: str) -> None:
+def _train(model: Any, data: Sequence[Any], steps: int, rate: float, progress: Progress, description: str) -> None:
     import torch
 
     pixels, labels = data

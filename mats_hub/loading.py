@@ -136,7 +136,7 @@ def _config(content: dict[str, Any]) -> Any:
 
 
 def _from_pretrained(model_class: Any, source: Source, dtype: Any, config: Any = None, info: bool = False) -> Any:
-    where = {"pretrained_model_name_or_path": source.folder or source.repo_id}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.folder or source.repo_id}
     if source.folder is None:
         where.update(revision=source.commit, token=source.token)
     if config is not None:

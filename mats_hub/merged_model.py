@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -54,10 +55,10 @@ class MergedModel:
 
     """
 
-    def __init__(
-        self, folder: Path, report: MergeReport, scratch: tempfile.TemporaryDirectory[str] | None = None
-    ) -> None:
-        self.folder, self.report, self._scratch = folder, report, scratch
+    def __init__(self, folder: Path, report: MergeReport, temporary: bool = False) -> None:
+        self.folder, self.report = folder, report
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     @classmethod
     def open(cls, model: str | Path, token: str | bool | None = None) -> MergedModel:
@@ -119,7 +120,8 @@ def merge(
     Args:
         experts: a `Recipe`, the path of a recipe file, or the experts: Hub ids, folders, or mappings with the fields of
             an expert (model, name, weight, statistics).
-        output: the folder to write, which must not exist or be empty; a temporary one otherwise, kept by `save`.
+        output: the folder to write, which must not exist or be empty; otherwise a temporary one that lasts as long as the
+            returned object (`save` keeps it).
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         token: Hub token; the one stored on this machine otherwise.
         progress: wraps the iteration over tensors (iterable, total, description) to show it.
@@ -146,9 +148,12 @@ def merge(
         with staged(target) as stage:
             report = _write_all(plan, stage, place, progress)
         return MergedModel(target, report)
-    scratch = tempfile.TemporaryDirectory(prefix="mats_hub-")
-    folder = Path(scratch.name)
-    return MergedModel(folder, _write_all(plan, folder, place, progress), scratch)
+    folder = Path(tempfile.mkdtemp(prefix="mats_hub-"))
+    try:
+        return MergedModel(folder, _write_all(plan, folder, place, progress), temporary=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def as_recipe(experts: Recipe | Sequence[str | Mapping[str, Any]] | str | Path, **options: Any) -> Recipe:
@@ -235,12 +240,16 @@ def _write_all(plan: Plan, folder: Path, device: Any, progress: Any) -> MergeRep
 
 
 def _write_config(plan: Plan, folder: Path) -> None:
-    config = {key: value for key, value in plan.reference.config.items() if key != "_name_or_path"}
-    if plan.recipe.output.dtype != "stored":
-        config.pop("torch_dtype", None)
-        config["dtype"] = plan.recipe.output.dtype
-    if config:
-        _write_json(folder / CONFIG_FILE, config)
+    if plan.reference.config:
+        _write_json(folder / CONFIG_FILE, _as_merged(plan, plan.reference.config))
+
+
+def _as_merged(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without its author's path and with the dtype the merged weights are stored in."""
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
+    stored = plan.reference.config.get("dtype") or plan.reference.config.get("torch_dtype")
+    dtype = stored if plan.recipe.output.dtype == "stored" else plan.recipe.output.dtype
+    return {**config, "dtype": dtype} if dtype else config
 
 
 def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
@@ -248,7 +257,7 @@ def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    config = {k: v for k, v in expert.task_config(plan.reference.config).items() if k != "_name_or_path"}
+    config = _as_merged(plan, expert.task_config(plan.reference.config))
     if config.get("model_type"):
         name = expert.auto_class or (plan.reference.config.get("architectures") or ["AutoModel"])[0]
         config["architectures"] = [concrete_class(name, config)]

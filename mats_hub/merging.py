@@ -60,7 +60,10 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
     origin, deltas = _deltas(plan, entry.key, device)
     weights = [expert.weight for expert in plan.experts]
     start = _initialize(plan)(deltas, weights, Context(entry.key, context.experts, context.seed, context.thresholds))
-    norms = {"initialization_norm": _norm(start), "expert_norms": tuple(_norm(delta) for delta in deltas)}
+    norms: dict[str, Any] = {
+        "initialization_norm": _norm(start),
+        "expert_norms": tuple(_norm(delta) for delta in deltas),
+    }
     if entry.action is Action.INITIALIZE:
         record = TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms)
         return origin + start, record
@@ -82,7 +85,8 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
 
 def _solve_entry(plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[float], start: Tensor) -> Solution:
     options, solver = plan.recipe.curvature, plan.recipe.solver
-    assert options is not None and solver is not None
+    assert options is not None
+    assert solver is not None
     curvatures = []
     transposed = False
     for statistics, parameter in zip(plan.statistics, entry.parameters, strict=True):

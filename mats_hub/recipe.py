@@ -145,7 +145,7 @@ class Recipe(Part):
         None, description="model the tokenizer and processor files come from; the base otherwise"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
-    output: Output = Field(default_factory=Output)
+    output: Output = Field(default=Output.model_validate({}))
 
     @field_validator("experts")
     @classmethod
@@ -441,9 +441,12 @@ def _part_at(place: Sequence[str]) -> type[Part]:
             owner = ExpertEntry
         elif step in INITIALIZATION_OPTIONS:
             owner = INITIALIZATION_OPTIONS[step]
-        elif step in ("curvature", "solver", "output"):
-            owner = {"curvature": Curvature, "solver": Solver, "output": Output}[step]
+        elif step in PARTS:
+            owner = PARTS[step]
     return owner
+
+
+PARTS: dict[str, type[Part]] = {"curvature": Curvature, "solver": Solver, "output": Output}
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     seen: set[int] = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen:
             if max(module.weight.shape) <= MAX_FEATURES:

@@ -154,7 +154,7 @@ class Statistics:
         """Return the parameters that a curvature of this kind exists for → the shape it acts on, ``[out, in]``."""
         if kind == "fisher":
             return {key.removesuffix(".fisher"): self.shape(key) for key in self.keys() if key.endswith(".fisher")}
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for module in self.tokens:
             inner = f"{self.aliases.get(module, module)}.input_gram"
             outer = f"{module}.output_gram"
