@@ -95,5 +95,5 @@ def _results(report: MergeReport) -> Any:
         )
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set(ylabel=report.results[0]["metric"], ylim=(0, 1) if max(scores.values()) <= 1 else (0, None))
-    axes.legend(frameon=False, ncols=2, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

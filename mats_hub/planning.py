@@ -17,7 +17,7 @@ from mats_hub.curvature import Diagonal, Gram, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError, StatisticsMismatch
 from mats_hub.expert import Expert
 from mats_hub.plan import Action, Entry, Plan, layer_pattern
-from mats_hub.recipe import CURVATURE_KINDS, ExpertEntry, Recipe
+from mats_hub.recipe import CURVATURE_KINDS, NAME_PATTERN, ExpertEntry, Recipe
 from mats_hub.solver import has_closed_form
 from mats_hub.source import Source, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
@@ -56,6 +56,8 @@ def _open_experts(plan: Plan, token: str | bool | None) -> None:
         try:
             source = open_source(entry.model, token)
             expert = Expert(source, entry.name or source.name, entry.weight)
+            if not re.fullmatch(NAME_PATTERN, expert.name):
+                raise RecipeError(f"{entry.model!r}: {expert.name!r} cannot be a task's name; give it one (--name)")
             if entry.sha256 and entry.sha256 != source.fingerprint:
                 raise IncompatibleExperts(
                     f"expert {expert.name!r}: its weights have fingerprint {source.fingerprint[:12]}, but the recipe was made "

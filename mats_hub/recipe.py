@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mats_hub.errors import RecipeError, unknown
 
 RECIPE_FILE = "mats_recipe.yaml"
+NAME_PATTERN = r"^\w[\w.-]*$"
+"""What a task may be called: it becomes a folder's name."""
 
 CurvatureKind = Literal["gram", "kfac", "fisher"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -103,7 +105,7 @@ class ExpertEntry(Part):
 
     model: str = Field(description="Hub id 'owner/name[@revision]' or a folder")
     name: str | None = Field(
-        None, pattern=r"^[\w][\w.-]*$", description="what its task is called; the id's last part otherwise"
+        None, pattern=NAME_PATTERN, description="what its task is called; the id's last part otherwise"
     )
     weight: Positive = Field(1.0, description="how much it counts")
     statistics: str | None = Field(None, description="file with its statistics; looked for beside the expert otherwise")
