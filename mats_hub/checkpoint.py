@@ -61,7 +61,6 @@ class Checkpoint:
                         f"{source.spec!r}: tensor {name!r} is in both {self.headers[name].file} and {filename}"
                     )
                 self.headers[name] = header
-        self._open: tuple[str, Any] | None = None
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -74,9 +73,9 @@ class Checkpoint:
 
         filename = self.headers[name].file
         try:
-            if self._open is None or self._open[0] != filename:
-                self._open = (filename, safe_open(self.source.path(filename), framework="pt"))
-            return self._open[1].get_tensor(name)
+            # Opened anew for each tensor, so that a file's pages are given back with the tensors read from it.
+            with safe_open(self.source.path(filename), framework="pt") as file:
+                return file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again"

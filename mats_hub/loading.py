@@ -146,7 +146,9 @@ def _from_pretrained(model_class: Any, source: Source, dtype: Any, config: Any =
             return model_class.from_pretrained(**where, dtype=dtype, use_safetensors=True, output_loading_info=info)
         except (RuntimeError, ValueError, OSError) as error:
             text = " ".join(str(error).split())
-            raise CheckpointError(f"{source.spec!r} cannot be loaded as {model_class.__name__}: {text[:300]}") from error
+            raise CheckpointError(
+                f"{source.spec!r} cannot be loaded as {model_class.__name__}: {text[:300]}"
+            ) from error
 
 
 def _with_adapter(model: Any, expert: Expert) -> Any:

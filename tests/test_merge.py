@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import family as families
+import models
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mats_hub
 from mats_hub.errors import MatsError, NumericalError, OutputError, PlanError, RecipeError, SourceError
@@ -65,7 +66,7 @@ def test_every_method_makes_an_ordinary_repository(family, tmp_path, method):
     merged = mats_hub.merge(family.experts, base=family.base, method=method, output=tmp_path / "out")
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2").input_ids == [2, 6, 7, 3]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the film").input_ids == [2, 6, 8, 3]
     expected = load_file(Path(family.base) / "model.safetensors")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in written.items()} == {k: (v.shape, v.dtype) for k, v in expected.items()}
@@ -303,19 +304,19 @@ def save_other(model, folder):
 
 
 def test_other_architectures_and_shapes_are_refused(family, tmp_path):
-    gpt2 = save_other(GPT2LMHeadModel(GPT2Config(vocab_size=45, n_embd=16, n_layer=2, n_head=2)), tmp_path / "gpt2")
+    gpt2 = save_other(models.tiny_gpt2(), tmp_path / "gpt2")
     assert "expert 'gpt2' is a gpt2 model, but" in problem(
         [family.experts[0], gpt2], base=family.base, method="average"
     )
-    deep = save_other(BertForSequenceClassification(families.config(num_hidden_layers=3)), tmp_path / "deep")
+    deep = save_other(models.tiny_bert_classifier(num_hidden_layers=3), tmp_path / "deep")
     text = problem([family.experts[0], deep], base=family.base, method="average")
     assert "expert 'deep' has another number of layers" in text
     assert "encoder.layer.2" in text
-    shallow = save_other(BertForSequenceClassification(families.config(num_hidden_layers=1)), tmp_path / "shallow")
+    shallow = save_other(models.tiny_bert_classifier(num_hidden_layers=1), tmp_path / "shallow")
     assert "it lacks 'encoder.layer.1" in problem([family.experts[0], shallow], base=family.base, method="average")
-    wide = save_other(BertForSequenceClassification(families.config(vocab_size=50)), tmp_path / "wide")
+    wide = save_other(models.tiny_bert_classifier(vocab_size=50), tmp_path / "wide")
     text = problem([family.experts[0], wide], base=family.base, method="average")
-    assert "'embeddings.word_embeddings.weight' is (50, 16) and should be (45, 16)" in text
+    assert "'embeddings.word_embeddings.weight' is (50, 16) and should be (36, 16)" in text
     assert "--exclude" in text
 
 
@@ -446,3 +447,30 @@ def test_a_gpu_gives_what_the_cpu_gives(family, method):
     )
     for key, value in cpu.items():
         torch.testing.assert_close(gpu[key], value, rtol=1e-3, atol=1e-4)
+
+
+MEMORY = """
+import resource, sys
+import mats_hub
+peaks = []
+for layers in ("shallow", "deep"):
+    folders = [f"{sys.argv[1]}/{layers}/{name}" for name in ("a", "b", "c")]
+    mats_hub.merge(folders, base=f"{sys.argv[1]}/{layers}/base", method="ties", output=f"{sys.argv[1]}/{layers}/out")
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    sizes = {}
+    for name, layers in (("shallow", 2), ("deep", 24)):
+        model = models.tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=layers)
+        for index, expert in enumerate(("base", "a", "b", "c")):
+            models.perturbed(model, index).save_pretrained(tmp_path / name / expert)
+        sizes[name] = sum(path.stat().st_size for path in (tmp_path / name / "base").glob("*.safetensors")) / 1024
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True
+    )
+    growth = int(run.stdout.split()[-1])  # KiB, as the models' sizes
+    assert growth < 0.1 * (sizes["deep"] - sizes["shallow"])  # of the four models that are read, 4.0 times that

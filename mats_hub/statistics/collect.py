@@ -29,7 +29,7 @@ def collect(
     """Return the sums behind curvatures of the given kinds.
 
     Args:
-        model: the expert; it is put in eval mode and its parameters' ``requires_grad`` is left as found.
+        model: the expert; it runs in eval mode; its modules' ``training`` and parameters' ``requires_grad`` are left as found.
         batches: model inputs with tensors whose first dimension is the example, on the model's device.
         kinds: any of ``gram``, ``kfac``, ``fisher``. ``gram`` alone needs no labels and no backward pass.
         loss: (model, batch) → the sum over the batch's examples of the model's loss on each example alone.
@@ -41,7 +41,8 @@ def collect(
         StatisticsError: there is no example.
 
     """
-    was_training, required = model.training, {p: p.requires_grad for p in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    required = {p: p.requires_grad for p in model.parameters()}
     model.eval()
     sums = Sums()
     try:
@@ -52,7 +53,8 @@ def collect(
                 _add_fisher(model, batch, sums, loss)
             sums.examples += _batch_size(batch)
     finally:
-        model.train(was_training)
+        for module, flag in training.items():
+            module.training = flag
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
     if not sums.examples:

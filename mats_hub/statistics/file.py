@@ -78,7 +78,6 @@ class Statistics:
         self.provenance, self._sums, self.path = provenance, sums, path
         self.tokens, self.aliases = sums.tokens, sums.aliases
         self._headers: dict[str, TensorHeader] = {}
-        self._open: Any = None
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -96,6 +95,11 @@ class Statistics:
         try:
             content = json.loads(metadata[METADATA_KEY])
             version = int(content["provenance"]["format_version"])
+            if version > FORMAT_VERSION:
+                raise StatisticsError(
+                    f"{path.name!r} has statistics of format {version}; this version reads up to {FORMAT_VERSION}. "
+                    "Update mats-hub"
+                )
             known = {f.name for f in fields(Provenance)}
             given = {key: value for key, value in content["provenance"].items() if key in known}
             provenance = Provenance(
@@ -107,10 +111,6 @@ class Statistics:
             raise StatisticsError(
                 f"{path.name!r} is a safetensors file but holds no statistics of this package"
             ) from None
-        if version > FORMAT_VERSION:
-            raise StatisticsError(
-                f"{path.name!r} has statistics of format {version}; this version reads up to {FORMAT_VERSION}. Update mats-hub"
-            )
         statistics = cls(provenance, Sums({}, tokens, aliases, provenance.examples), path)
         statistics._headers = headers
         return statistics
@@ -144,9 +144,8 @@ class Statistics:
         from safetensors import SafetensorError, safe_open
 
         try:
-            if self._open is None:
-                self._open = safe_open(self.path, framework="pt")
-            return self._open.get_tensor(key)
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"statistics {self.provenance.model!r} cannot be read: {error}") from None
 

@@ -76,11 +76,15 @@ class TaskData:
     _lengths: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-        """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`."""
+        """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
+
+        Texts without a single token (the empty lines of a language-model corpus) are left out.
+        """
         for start in range(0, len(self.dataset), size):
             rows = self.dataset.select(range(start, min(start + size, len(self.dataset))))
-            features = [self.task.encode(self, row) for row in rows]
-            yield {key: value.to(device) for key, value in self._padded(features).items()}
+            features = [f for f in (self.task.encode(self, row) for row in rows) if f.get("input_ids") != []]
+            if features:
+                yield {key: value.to(device) for key, value in self._padded(features).items()}
 
     def _padded(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
@@ -177,9 +181,9 @@ def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, int) or not 0 <= value < data.config.num_labels:
         raise StatisticsError(
             f"label {value!r} in column {data.columns.label!r}, but the model has {data.config.num_labels} labels "
-            "(0 to {data.config.num_labels - 1}); is this the data set the expert was trained on?"
+            f"(0 to {data.config.num_labels - 1}); is this the data set the expert was trained on?"
         )
-    return {"labels": value}
+    return {"labels": int(value)}
 
 
 TASKS: dict[str, Task] = {
@@ -240,7 +244,7 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
     chosen: dict[str, Any] = {}
     for role in roles:
         value = getattr(given, role) or _infer_role(role, present)
-        if not value and (needs_labels or role not in ("label", "target")):
+        if not value and (needs_labels or role != "label"):
             raise StatisticsError(
                 f"cannot tell which column is the {role}; name it with --{role}. The data set has: {', '.join(present)}"
             )

@@ -1,0 +1,103 @@
+"""The whole way for each architecture: statistics, plan, merge and load, with full checkpoints and with LoRA adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import models
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import mats_hub
+
+RTOL = 1e-4
+TEXTS = {"text": models.tiny_texts(8, seed=1)}
+FAMILIES = {
+    "gpt2": (models.tiny_gpt2, TEXTS, 4 * 2, ["c_attn", "c_fc"], "CAUSAL_LM"),
+    "llama": (models.tiny_llama, TEXTS, 7 * 2 + 1, ["q_proj", "down_proj"], "CAUSAL_LM"),
+    "t5": (
+        models.tiny_t5,
+        {**TEXTS, "target": models.tiny_texts(8, seed=2)},
+        (6 + 10) * 2,
+        ["q", "v", "wo"],
+        "SEQ_2_SEQ_LM",
+    ),
+    "vit": (models.tiny_vit, {"image": models.tiny_images(8), "label": [0, 1, 2] * 2 + [0, 1]}, 6 * 2 + 1, None, None),
+}
+"""Factory, data, the number of linear weights of their own, LoRA targets and PEFT's task type."""
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param, *FAMILIES[request.param]
+
+
+def statistics(model: Path, data: dict, **options) -> str:
+    dataset = datasets.Dataset.from_dict(data)
+    output = Path(model) / "statistics.safetensors"
+    mats_hub.compute_statistics(model, dataset=dataset, kind="kfac", batch_size=4, output=output, **options)
+    return str(output)
+
+
+def test_full_checkpoints(family, tmp_path):
+    _, factory, data, linear, *_ = family
+    base = factory(tmp_path / "base", seed=0)
+    experts = []
+    for seed in (1, 2):
+        folder = tmp_path / f"expert{seed}"
+        factory(folder, seed=0)  # for its tokenizer or processor
+        models.perturbed(base, seed, 0.05).save_pretrained(folder)
+        statistics(folder, data)
+        experts.append(str(folder))
+    for method, options in (("regmean", {}), ("mats", {"solver": "exact"}), ("mats", {"iterations": 5})):
+        merged = mats_hub.merge(experts, base=str(tmp_path / "base"), method=method, **options)
+        assert len(merged.report.solved) == linear, [r.key for r in merged.report.solved]
+        assert all(record.residual < record.residuals[0] for record in merged.report.solved)
+        loaded = getattr(transformers, type(base).__name__).from_pretrained(merged.folder)
+        assert loaded.state_dict().keys() == base.state_dict().keys()
+        mine = merged.load().state_dict()
+        assert all(torch.equal(value, mine[key]) for key, value in loaded.state_dict().items())
+    identical = mats_hub.merge(
+        [{"model": experts[0], "name": "one"}, {"model": experts[0], "name": "two"}],
+        base=str(tmp_path / "base"), method="mats", iterations=5,
+    )  # fmt: skip
+    assert {record.iterations for record in identical.report.solved} == {0}
+    own = load_file(Path(experts[0]) / "model.safetensors")
+    for key, value in load_file(identical.folder / "model.safetensors").items():
+        torch.testing.assert_close(value, own[key], rtol=0, atol=1e-7)
+
+
+def test_lora_adapters(family, tmp_path):
+    _, factory, data, _, targets, task_type = family
+    if targets is None:
+        pytest.skip("covered by the others: ViT's modules are linear as Llama's")
+    base = factory(tmp_path / "base", seed=0)
+    adapters = []
+    for seed, rank in ((1, 2), (2, 3)):
+        folder = tmp_path / f"adapter{seed}"
+        models.lora_adapter(
+            tmp_path / "base", folder, seed=seed, r=rank, alpha=4, target_modules=targets, task_type=task_type
+        )
+        statistics(folder, data, base=str(tmp_path / "base"))
+        adapters.append(folder)
+    merged = mats_hub.merge(
+        [str(a) for a in adapters], base=str(tmp_path / "base"), method="task_arithmetic", scale=0.7
+    )
+    auto = getattr(transformers, models.AUTO_CLASSES[task_type])
+    deltas = []
+    for adapter in adapters:
+        from peft import PeftModel
+
+        whole = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), adapter).merge_and_unload()
+        deltas.append({key: value - base.state_dict()[key] for key, value in whole.state_dict().items()})
+    loaded = auto.from_pretrained(merged.folder).state_dict()
+    for key, value in base.state_dict().items():
+        expected = value + 0.7 * sum(delta[key] for delta in deltas)
+        torch.testing.assert_close(loaded[key], expected, rtol=RTOL, atol=1e-5)
+    solved = mats_hub.merge(
+        [str(a) for a in adapters], base=str(tmp_path / "base"), method="mats", iterations=5
+    ).report.solved
+    assert len(solved) == sum(delta.abs().max() > 1e-6 for delta in deltas[0].values() if delta.dim() == 2)

@@ -1,0 +1,785 @@
+"""Statistics against direct computations with torch.autograd, one example at a time, and the file they are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from models import (
+    FACTORIES,
+    VOCABULARY,
+    lora_adapter,
+    merged_lora,
+    save,
+    tiny_bert_body,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_images,
+    tiny_t5,
+    tiny_texts,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mats_hub.curvature import Diagonal, Gram, Kronecker
+from mats_hub.errors import (
+    CheckpointError,
+    NumericalError,
+    RecipeError,
+    SourceError,
+    StatisticsError,
+    StatisticsMismatch,
+)
+from mats_hub.recipe import Curvature as CurvatureOptions
+from mats_hub.source import open_source
+from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics
+from mats_hub.statistics.collect import collect, linear_modules, transposed_modules
+from mats_hub.statistics.tasks import Columns, open_task
+
+EXAMPLES = 7
+ALL = ("gram", "kfac", "fisher")
+
+
+def examples_of(family: str, count: int = EXAMPLES) -> datasets.Dataset:
+    """Return a small data set of the family's task, its texts of different lengths."""
+    if family == "vit":
+        return datasets.Dataset.from_dict({"image": tiny_images(count), "label": [i % 3 for i in range(count)]})
+    rows: dict[str, Any] = {"text": tiny_texts(count, seed=1)}
+    if family == "bert":
+        rows["label"] = [i % 2 for i in range(count)]
+    if family == "t5":  # one target is as long as its text, the others longer or shorter
+        rows["target"] = [rows["text"][0], *tiny_texts(count - 1, seed=2, longest=7)]
+    return datasets.Dataset.from_dict(rows)
+
+
+def task_data(folder: Path, model: Any, dataset: Any, columns: Columns = Columns(), **options: Any) -> Any:  # noqa: B008
+    return open_task(type(model).__name__, model.config, [open_source(folder)], dataset, columns, **options)
+
+
+def measured(case: Any, kinds: Any = ALL, size: int = 1, rows: Any = None, extra: int = 0) -> Sums:
+    data = case.data if rows is None else dataclasses.replace(case.data, dataset=case.data.dataset.select(rows))
+    batches = (over_padded(batch, extra) for batch in data.batches(size)) if extra else data.batches(size)
+    return collect(case.model, batches, kinds, data.loss, data.masks)
+
+
+def over_padded(batch: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
+    fill = {"labels": -100, "input_ids": 7}
+    return {
+        key: nn.functional.pad(value, (0, extra), value=fill.get(key, 0)) if value.dim() == 2 else value
+        for key, value in batch.items()
+    }
+
+
+def assert_close(actual: Any, expected: Any, what: str = "", rtol: float = 1e-4, floor: float = 1e-12) -> None:
+    """Compare entry by entry, with zeros allowed the rounding error of the largest entry."""
+    atol = rtol * 0.1 * max(float(expected.abs().max()), floor)
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def assert_same_sums(actual: Sums, expected: Sums) -> None:
+    assert (actual.tokens, actual.aliases, actual.examples) == (expected.tokens, expected.aliases, expected.examples)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    floor = fisher_floor(expected.tensors)
+    for key, value in expected.tensors.items():
+        assert_close(actual.tensors[key], value, key, floor=floor)
+
+
+def fisher_floor(tensors: dict[str, Tensor]) -> float:
+    """Return what counts as zero: softmax ignores a key's bias, so its squared gradient is all rounding error."""
+    return 1e-8 * max((float(value.max()) for value in tensors.values()), default=1.0)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("cases")
+    found = {}
+    for family, factory in FACTORIES.items():
+        model = factory(root / family, seed=3)
+        found[family] = SimpleNamespace(
+            family=family,
+            folder=root / family,
+            model=model,
+            data=task_data(root / family, model, examples_of(family)),
+        )
+    for case in found.values():
+        case.sums = measured(case)
+    return found
+
+
+@pytest.fixture(params=list(FACTORIES))
+def case(request: pytest.FixtureRequest, cases: dict[str, Any]) -> Any:
+    return cases[request.param]
+
+
+@pytest.fixture(scope="module")
+def direct(cases: dict[str, Any]) -> dict[str, Any]:
+    """Compute everything with plain autograd on one unpadded example after another and the model's own loss."""
+    return {family: direct_sums(case.model, case.data) for family, case in cases.items()}
+
+
+def direct_sums(model: Any, data: Any) -> Any:
+    modules = linear_modules(model)
+    total = SimpleNamespace(input={}, output={}, fisher={}, tokens={}, losses=[])
+    parameters = dict(model.named_parameters())
+    for batch in data.batches(1):
+        if batch.get("labels", torch.zeros(1)).dim() == 2:
+            batch["labels"] = batch["labels"][batch["labels"] != -100][None]
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def seen(
+            name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], module: Any, given: Any, output: Tensor
+        ) -> None:
+            inputs[name], outputs[name] = given[0].detach(), output
+
+        handles = [m.register_forward_hook(partial(seen, n, inputs, outputs)) for n, m in modules.items()]
+        loss = model(**batch).loss
+        for handle in handles:
+            handle.remove()
+        gradients = torch.autograd.grad(loss, [*outputs.values(), *parameters.values()], allow_unused=True)
+        for name, gradient in zip(outputs, gradients, strict=False):
+            x = inputs[name].reshape(-1, inputs[name].shape[-1]).double()
+            g = gradient.reshape(-1, gradient.shape[-1]).double()
+            total.input[name] = total.input.get(name, 0) + x.T @ x
+            total.output[name] = total.output.get(name, 0) + g.T @ g
+            total.tokens[name] = total.tokens.get(name, 0) + len(x)
+        for (name, parameter), gradient in zip(parameters.items(), gradients[len(outputs) :], strict=True):
+            squared = torch.zeros_like(parameter) if gradient is None else gradient**2
+            total.fisher[name] = total.fisher.get(name, 0) + squared.double()
+        total.losses.append(loss.item())
+    return total
+
+
+WAYS = {
+    "all at once": {"size": 16},
+    "two at a time": {"size": 2},
+    "another order": {"size": 3, "rows": list(reversed(range(EXAMPLES)))},
+    "padded more than needed": {"size": 1, "extra": 3},
+    "at once, padded more": {"size": 16, "extra": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_depend_neither_on_batch_size_nor_padding_nor_order(case: Any, way: str) -> None:
+    assert_same_sums(measured(case, **WAYS[way]), case.sums)
+
+
+def test_sums_over_three_parts_of_the_data_add_up(case: Any) -> None:
+    a, b, c = (measured(case, rows=rows, size=4) for rows in ([0, 1, 2], [3], [4, 5, 6]))
+    assert_same_sums(a.merged(b).merged(c), case.sums)
+    assert a.examples == 3, "adding left the parts as they were"
+
+
+def test_sums_of_other_modules_are_not_added(cases: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cannot be added"):
+        cases["bert"].sums.merged(cases["gpt2"].sums)
+    with pytest.raises(ValueError, match="cannot be added"):
+        cases["bert"].sums.merged(measured(cases["bert"], ("gram",)))
+
+
+def test_grams_equal_the_inputs_and_gradients_of_every_module(case: Any, direct: dict[str, Any]) -> None:
+    expected, sums = direct[case.family], case.sums
+    assert sums.tokens == expected.tokens
+    for name in linear_modules(case.model):
+        assert_close(sums.tensors[f"{sums.aliases.get(name, name)}.input_gram"], expected.input[name], name)
+        assert_close(sums.tensors[f"{name}.output_gram"], expected.output[name], name)
+
+
+def test_fisher_equals_squared_gradients_of_single_examples(case: Any, direct: dict[str, Any]) -> None:
+    expected = direct[case.family].fisher
+    assert {f"{name}.fisher" for name in expected} == {key for key in case.sums.tensors if key.endswith(".fisher")}
+    for name, value in expected.items():
+        assert_close(case.sums.tensors[f"{name}.fisher"], value, name, floor=fisher_floor(expected))
+    assert any(value.abs().max() > 0 for value in expected.values())
+
+
+def test_loss_is_the_sum_of_the_models_own_over_single_examples(case: Any, direct: dict[str, Any]) -> None:
+    (batch,) = case.data.batches(EXAMPLES)
+    with torch.no_grad():
+        assert float(case.data.loss(case.model, batch)) == pytest.approx(sum(direct[case.family].losses), rel=1e-5)
+        for single, expected in zip(case.data.batches(1), direct[case.family].losses, strict=True):
+            assert float(case.data.loss(case.model, single)) == pytest.approx(expected, rel=1e-5)
+
+
+SHARED = {
+    "bert": ("key value -> query",),
+    "gpt2": (),
+    "llama": ("k_proj v_proj -> q_proj", "up_proj -> gate_proj"),
+    "t5": ("k v -> q",),
+    "vit": ("k_proj v_proj -> q_proj",),
+}
+
+
+def test_modules_that_read_the_same_input_share_one_gram(case: Any) -> None:
+    last = {name: name.rsplit(".", 1)[-1] for name in linear_modules(case.model)}
+    expected = {}
+    for rule in SHARED[case.family]:
+        followers, leader = rule.split(" -> ")
+        for name in last:
+            if last[name] in followers.split() and "EncDec" not in name:
+                expected[name] = name.removesuffix(last[name]) + leader
+            elif last[name] == "v" and "EncDec" in name:  # its query reads the decoder, key and value the encoder
+                expected[name] = name.removesuffix("v") + "k"
+    assert case.sums.aliases == expected
+    assert measured(case, ("gram",), size=4).aliases == expected, "without a backward pass as well"
+    stored = {key for key in case.sums.tensors if key.endswith(".input_gram")}
+    assert stored == {f"{name}.input_gram" for name in last if name not in expected}
+
+
+def test_tied_heads_and_conv1d(cases: dict[str, Any]) -> None:
+    for family, tied in {"gpt2": "lm_head", "t5": "lm_head"}.items():
+        assert tied not in linear_modules(cases[family].model)
+    assert "lm_head" in linear_modules(cases["llama"].model)
+    blocks = [
+        f"transformer.h.{i}.{m}" for i in (0, 1) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert transposed_modules(cases["gpt2"].model) == blocks
+    assert not any(transposed_modules(cases[family].model) for family in ("bert", "llama", "t5", "vit"))
+    sums = cases["gpt2"].sums
+    shapes = [tuple(sums.tensors[f"{blocks[0]}.{side}_gram"].shape) for side in ("input", "output")]
+    assert shapes == [(16, 16), (48, 48)], "the Grams are those of y = W x, however W is stored"
+
+
+@pytest.mark.parametrize("kinds", [("gram",), ("kfac",), ("fisher",), ("gram", "fisher")], ids="+".join)
+def test_each_kind_alone_holds_what_it_needs(case: Any, kinds: tuple[str, ...]) -> None:
+    sums = measured(case, kinds, size=4)
+    ends = {key.rsplit(".", 1)[-1] for key in sums.tensors}
+    wanted = {"gram": {"input_gram"}, "kfac": {"input_gram", "output_gram"}, "fisher": {"fisher"}}
+    assert ends == set().union(*(wanted[kind] for kind in kinds))
+    for key, value in sums.tensors.items():
+        assert_close(value, case.sums.tensors[key], key, floor=fisher_floor(sums.tensors))
+    assert all(value.dtype == torch.float32 for value in sums.tensors.values())
+
+
+def test_gram_needs_no_labels(cases: dict[str, Any]) -> None:
+    for family in ("bert", "vit"):
+        case = cases[family]
+        data = task_data(case.folder, case.model, examples_of(family).remove_columns("label"), needs_labels=False)
+        sums = collect(case.model, data.batches(3), ("gram",), data.loss, data.masks)
+        assert_close(sums.tensors["classifier.input_gram"], case.sums.tensors["classifier.input_gram"])
+
+
+def test_texts_longer_than_the_model_are_cut(cases: dict[str, Any]) -> None:
+    case = cases["gpt2"]
+    dataset = datasets.Dataset.from_dict({"text": tiny_texts(3, shortest=40, longest=50)})
+    for options, length in (({}, 32), ({"max_length": 5}, 5)):
+        data = task_data(case.folder, case.model, dataset, **options)
+        assert [batch["input_ids"].shape for batch in data.batches(3)] == [(3, length)]
+
+
+def test_text_without_tokens_counts_nothing(cases: dict[str, Any]) -> None:
+    case = cases["gpt2"]
+    texts = list(case.data.dataset["text"])
+    data = task_data(case.folder, case.model, datasets.Dataset.from_dict({"text": [texts[0], "", *texts[1:]]}))
+    for size in (1, 16):
+        sums = collect(case.model, data.batches(size), ALL, data.loss, data.masks)
+        assert_same_sums(sums, case.sums)
+
+
+def test_sentence_pairs(cases: dict[str, Any]) -> None:
+    case = cases["bert"]
+    rows = {"premise": tiny_texts(4, 5), "hypothesis": tiny_texts(4, 6), "label": [0, 1, 1, 0]}
+    data = task_data(case.folder, case.model, datasets.Dataset.from_dict(rows))
+    assert data.columns == Columns(text=("premise", "hypothesis"), label="label")
+    (batch,) = data.batches(4)
+    assert batch["token_type_ids"].max() == 1
+    pair = SimpleNamespace(model=case.model, data=data)
+    assert_same_sums(measured(pair, size=4), measured(pair, size=1))
+
+
+def test_model_is_left_as_it_was(cases: dict[str, Any]) -> None:
+    model = tiny_bert_classifier(seed=3)
+    model.train()
+    model.bert.encoder.layer[0].eval()  # as those freeze layers who fine-tune only a part
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layer.0" not in name)
+    before = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    data = cases["bert"].data
+
+    def check() -> None:
+        assert {n: (m.training, len(m._forward_hooks)) for n, m in model.named_modules()} == before
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+        assert all(p.grad is None for p in model.parameters())
+
+    assert_same_sums(collect(model, data.batches(4), ALL, data.loss, data.masks), cases["bert"].sums)
+    check()
+    with pytest.raises(ZeroDivisionError):
+        collect(model, data.batches(4), ALL, lambda model, batch: model(**batch).loss / (1 // 0), data.masks)
+    check()
+
+
+@pytest.mark.parametrize("kinds", [("gram",), ("kfac",), ("fisher",)], ids="+".join)
+def test_nan_in_a_weight_is_an_error(cases: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    model = tiny_bert_classifier(seed=3)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = math.nan
+    data = cases["bert"].data
+    with pytest.raises(NumericalError, match=r"'bert\.\S+' are not finite"):
+        collect(model, data.batches(4), kinds, data.loss, data.masks)
+
+
+def test_no_examples_is_an_error(cases: dict[str, Any]) -> None:
+    with pytest.raises(StatisticsError, match="no example"):
+        measured(cases["bert"], rows=[])
+
+
+# --- what theory says
+
+
+class OneLayer(nn.Module):
+    """A linear model with zero weights."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_kfac_is_the_exact_fisher_when_inputs_and_gradients_are_independent() -> None:
+    # With zero weights the gradient softmax(0) − onehot(y) depends on the label alone; the data are every input with
+    # every label, so inputs and gradients are independent and E[(g xᵀ)(g xᵀ)ᵀ] = E[g gᵀ] ⊗ E[x xᵀ].
+    inputs, labels = 5, 3
+    points = torch.randn(4, inputs, generator=torch.Generator().manual_seed(0)) + 0.5
+    pairs = list(itertools.product(range(len(points)), range(labels)))
+    batch = {"x": points[[i for i, _ in pairs]], "labels": torch.tensor([y for _, y in pairs])}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="sum")
+
+    sums = collect(OneLayer(inputs, labels), [batch], ("kfac", "fisher"), loss)
+    statistics = Statistics(Provenance(("kfac", "fisher"), examples=sums.examples), sums)
+    gradients = torch.stack(
+        [torch.outer(torch.full((labels,), 1 / labels) - torch.eye(labels)[y], points[i]).reshape(-1) for i, y in pairs]
+    )
+    exact = gradients.T @ gradients / len(pairs)
+    kfac = statistics.curvature("linear.weight", CurvatureOptions(kind="kfac"))
+    assert isinstance(kfac, Kronecker)
+    torch.testing.assert_close(torch.kron(kfac.output, kfac.input), exact, rtol=1e-5, atol=1e-6)
+    value = torch.randn(labels, inputs, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(kfac.matvec(value).reshape(-1), exact @ value.reshape(-1), rtol=1e-5, atol=1e-6)
+    fisher = statistics.curvature("linear.weight", CurvatureOptions(kind="fisher"))
+    torch.testing.assert_close(fisher.diagonal(value.shape).reshape(-1), exact.diagonal(), rtol=1e-5, atol=1e-7)
+
+
+def test_gram_is_the_hessian_of_matching_outputs(cases: dict[str, Any]) -> None:
+    # RegMean: mean over tokens of |V x|² = <V, V A>.
+    case = cases["llama"]
+    name = "model.layers.1.mlp.down_proj"
+    statistics = Statistics(Provenance(ALL, examples=EXAMPLES), case.sums)
+    gram = statistics.curvature(f"{name}.weight", CurvatureOptions(kind="gram"))
+    value = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    moved, count = [], 0
+
+    def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        moved.append(float((inputs[0] @ value.T).square().sum()))
+
+    handle = case.model.get_submodule(name).register_forward_hook(seen)
+    with torch.no_grad():
+        for batch in case.data.batches(1):
+            case.model(**batch)
+            count += batch["input_ids"].numel()
+    handle.remove()
+    assert float((value * gram.matvec(value)).sum()) == pytest.approx(sum(moved) / count, rel=1e-4)
+
+
+# --- what is refused
+
+
+def bert_rows(**columns: Any) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": ["the film was good", "it felt slow"], "label": [0, 1]} | columns)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Any, Columns, tuple[str, ...]]] = {
+    "label too large": ({}, bert_rows(label=[0, 2]), Columns(), ("label 2", "'label'", "2 labels", "0 to 1")),
+    "label negative": ({}, bert_rows(label=[-1, 1]), Columns(), ("label -1", "2 labels")),
+    "label a fraction": ({}, bert_rows(label=[0.5, 1.0]), Columns(), ("label 0.5", "2 labels")),
+    "label missing": ({}, bert_rows(label=[1, None]), Columns(), ("label None", "2 labels")),
+    "label of another name": ({}, bert_rows(label=["LABEL_0", "good"]), Columns(), ("'good'", "LABEL_0, LABEL_1")),
+    "unknown column": ({}, bert_rows(), Columns(text=("txt",)), ("'txt'", "'text'?", "text, label")),
+    "unknown label column": ({}, bert_rows(), Columns(label="labels"), ("'labels'", "text, label")),
+    "no text column": (
+        {},
+        bert_rows().rename_column("text", "words"),
+        Columns(),
+        ("the text", "--text", "words, label"),
+    ),
+    "no label column": ({}, bert_rows().rename_column("label", "y"), Columns(), ("the label", "--label", "text, y")),
+    "unknown task": ({"task": "text-clasification"}, bert_rows(), Columns(), ("'text-classification'?", "causal-lm")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_data_that_do_not_fit_are_refused(cases: dict[str, Any], name: str) -> None:
+    options, dataset, columns, told = REFUSED[name]
+    case = cases["bert"]
+    with pytest.raises(StatisticsError) as caught:
+        list(task_data(case.folder, case.model, dataset, columns, **options).batches(1))
+    for text in told:
+        assert text in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
+def test_labels_by_name_and_by_truth_value(cases: dict[str, Any]) -> None:
+    case = cases["bert"]
+    for labels in (["LABEL_0", "LABEL_1"], [False, True]):
+        data = task_data(case.folder, case.model, bert_rows(label=labels))
+        (batch,) = data.batches(2)
+        assert batch["labels"].tolist() == [0, 1]
+        assert batch["labels"].dtype == torch.int64
+
+
+def test_seq2seq_needs_its_target_for_grams_too(cases: dict[str, Any]) -> None:
+    case = cases["t5"]
+    dataset = case.data.dataset.remove_columns("target")
+    with pytest.raises(StatisticsError, match="--target"):
+        task_data(case.folder, case.model, dataset, needs_labels=False)
+
+
+def test_model_without_a_task_or_tokenizer_is_refused(cases: dict[str, Any], tmp_path: Path) -> None:
+    body = tiny_bert_body(tmp_path / "body")
+    with pytest.raises(StatisticsError, match=r"task of a BertModel; name one of: text-classification, causal-lm"):
+        task_data(tmp_path / "body", body, bert_rows())
+    cases["bert"].model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(StatisticsError, match=r"bare.*has a tokenizer_config\.json"):
+        task_data(tmp_path / "bare", cases["bert"].model, bert_rows())
+    cases["vit"].model.save_pretrained(tmp_path / "bare_vit")
+    with pytest.raises(StatisticsError, match=r"preprocessor_config\.json"):
+        task_data(tmp_path / "bare_vit", cases["vit"].model, examples_of("vit"))
+
+
+# --- the file
+
+
+@pytest.fixture
+def statistics(cases: dict[str, Any]) -> Statistics:
+    case = cases["gpt2"]
+    transposed = tuple(transposed_modules(case.model))
+    origin = {"model": "someone/model@0123", "fingerprint": "f" * 64, "columns": {"text": ["text"]}}
+    return Statistics(Provenance(ALL, examples=EXAMPLES, transposed=transposed, **origin), case.sums)
+
+
+@pytest.mark.parametrize("family", FACTORIES)
+def test_file_round_trip(cases: dict[str, Any], tmp_path: Path, family: str) -> None:
+    case = cases[family]
+    provenance = Provenance(
+        ALL,
+        model="someone/modèle@0123",
+        fingerprint="ab" * 32,
+        columns={"text": ["text"]},
+        examples=EXAMPLES,
+        transposed=tuple(transposed_modules(case.model)),
+        max_length=32,
+    )
+    written = Statistics(provenance, case.sums)
+    path = written.save(tmp_path / "new" / "folder" / STATISTICS_FILE)
+    assert written.path == path
+    assert [p.name for p in path.parent.iterdir()] == [STATISTICS_FILE], "nothing partial is left"
+    read = Statistics.load(path)
+    assert (read.tokens, read.aliases) == (case.sums.tokens, case.sums.aliases)
+    assert dataclasses.replace(read.provenance, columns={}) == dataclasses.replace(provenance, columns={})
+    assert read.provenance.columns == provenance.columns
+    assert set(read.keys()) == set(case.sums.tensors)
+    for key, value in case.sums.tensors.items():
+        assert torch.equal(read.tensor(key), value)
+        assert read.shape(key) == tuple(value.shape) == written.shape(key)
+    assert [read.covers(kind) for kind in ALL] == [written.covers(kind) for kind in ALL]
+    again = Statistics.load(read.save(tmp_path / "again.safetensors"))
+    assert again.provenance == read.provenance
+    assert all(torch.equal(again.tensor(key), value) for key, value in case.sums.tensors.items())
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_file_is_refused(statistics: Statistics, tmp_path: Path, kept: int) -> None:
+    path = statistics.save(tmp_path / STATISTICS_FILE)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"cut short|not a safetensors file"):
+        Statistics.load(path)
+
+
+def with_content(content: Any) -> dict[str, str]:
+    return {"mats_statistics": content if isinstance(content, str) else json.dumps(content)}
+
+
+PROVENANCE = dataclasses.asdict(Provenance(("gram",)))
+FOREIGN = {
+    "no metadata": (None, "holds no statistics"),
+    "metadata of others": ({"format": "pt"}, "holds no statistics"),
+    "not JSON": (with_content("{"), "holds no statistics"),
+    "not an object": (with_content([]), "holds no statistics"),
+    "no provenance": (with_content({"tokens": {}, "aliases": {}}), "holds no statistics"),
+    "tokens a list": (with_content({"provenance": PROVENANCE, "tokens": [], "aliases": {}}), "holds no statistics"),
+    "newer": (
+        with_content({"provenance": PROVENANCE | {"format_version": 2}, "tokens": {}, "aliases": {}}),
+        r"format 2; this version reads up to 1.*[Uu]pdate",
+    ),
+    "newer, with other fields": (
+        with_content({"provenance": {"format_version": 3, "sorts": []}, "rows": {}}),
+        r"format 3; this version reads up to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_and_of_newer_formats_are_refused(tmp_path: Path, name: str) -> None:
+    metadata, told = FOREIGN[name]
+    path = tmp_path / STATISTICS_FILE
+    save_file({"a.input_gram": torch.eye(2)}, path, metadata=metadata)
+    with pytest.raises(StatisticsError, match=told) as caught:
+        Statistics.load(path)
+    assert STATISTICS_FILE in str(caught.value)
+
+
+def test_fields_of_later_versions_are_passed_over_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    content = {"provenance": PROVENANCE | {"weather": "fair"}, "tokens": {"a": 3}, "aliases": {}}
+    path = tmp_path / STATISTICS_FILE
+    save_file({"a.input_gram": torch.eye(2)}, path, metadata=with_content(content))
+    assert Statistics.load(path).tokens == {"a": 3}
+    with pytest.raises(StatisticsError, match=r"elsewhere\.safetensors.*mats-hub statistics"):
+        Statistics.load(tmp_path / "elsewhere.safetensors")
+
+
+def test_check_expert_refuses_other_weights(statistics: Statistics) -> None:
+    statistics.check_expert("mine", "f" * 64, "someone/model@0123")
+    with pytest.raises(StatisticsMismatch) as caught:
+        statistics.check_expert("mine", "e" * 64, "someone/other@4567")
+    for text in ("'mine'", "someone/model@0123", "someone/other@4567", "f" * 12, "e" * 12, "measure again"):
+        assert text in str(caught.value)
+
+
+def test_covers(cases: dict[str, Any], statistics: Statistics) -> None:
+    model = cases["gpt2"].model
+    assert statistics.covers("fisher") == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {f"{name}.weight": tuple(model.get_submodule(name).weight.T.shape) for name in linear_modules(model)}
+    assert statistics.covers("kfac") == shapes
+    assert statistics.covers("gram") == {name: (0, inner) for name, (_, inner) in shapes.items()}
+    assert statistics.is_transposed("transformer.h.0.attn.c_attn.weight")
+    assert not statistics.is_transposed("transformer.wte.weight")
+    grams = Statistics(Provenance(("gram",)), measured(cases["bert"], ("gram",), size=4))
+    weights = {f"{name}.weight" for name in linear_modules(cases["bert"].model)}
+    assert (set(grams.covers("gram")), grams.covers("kfac"), grams.covers("fisher")) == (weights, {}, {})
+
+
+def shrunk(matrix: Tensor, factor: float) -> Tensor:
+    return matrix * (factor + (1 - factor) * torch.eye(len(matrix)))
+
+
+SIZES = {
+    "none": lambda m: 1.0,
+    "trace": lambda m: m.diagonal().mean() if m.dim() == 2 and m.shape[0] == m.shape[1] else m.mean(),
+    "frobenius": lambda m: m.square().sum().sqrt(),
+}
+
+
+@pytest.mark.parametrize("normalization", SIZES)
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("module", ["query", "key", "value"])
+def test_curvatures_of_grams(cases: dict[str, Any], normalization: str, off_diagonal: float, module: str) -> None:
+    sums = cases["bert"].sums
+    statistics = Statistics(Provenance(ALL, examples=EXAMPLES), sums)
+    parent = "bert.encoder.layer.1.attention.self"
+    count = sums.tokens[f"{parent}.{module}"]
+    inner = shrunk(sums.tensors[f"{parent}.query.input_gram"] / count, off_diagonal)
+    outer = shrunk(sums.tensors[f"{parent}.{module}.output_gram"] / count, off_diagonal)
+    inner, outer = (matrix / SIZES[normalization](matrix) for matrix in (inner, outer))
+    options = {"off_diagonal": off_diagonal, "normalization": normalization}
+    gram = statistics.curvature(f"{parent}.{module}.weight", CurvatureOptions(kind="gram", **options))
+    assert isinstance(gram, Gram)
+    assert_close(gram.matrix, inner, rtol=1e-5)
+    kfac = statistics.curvature(f"{parent}.{module}.weight", CurvatureOptions(kind="kfac", **options))
+    assert isinstance(kfac, Kronecker)
+    assert_close(kfac.input, inner, rtol=1e-5)
+    assert_close(kfac.output, outer, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", SIZES)
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("parameter", ["bert.pooler.dense.weight", "bert.encoder.layer.0.output.LayerNorm.bias"])
+def test_curvatures_of_fisher(cases: dict[str, Any], normalization: str, floor: float, parameter: str) -> None:
+    sums = cases["bert"].sums
+    statistics = Statistics(Provenance(ALL, examples=EXAMPLES), sums)
+    values = torch.maximum(sums.tensors[f"{parameter}.fisher"] / EXAMPLES, torch.tensor(floor))
+    size = {"none": 1.0, "trace": values.mean(), "frobenius": values.square().sum().sqrt()}[normalization]
+    options = CurvatureOptions(kind="fisher", floor=floor, normalization=normalization)
+    fisher = statistics.curvature(parameter, options, dtype=torch.float64)
+    assert isinstance(fisher, Diagonal)
+    assert fisher.values.dtype == torch.float64
+    assert_close(fisher.values, values / size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", SIZES)
+def test_statistics_that_are_zero_stay_zero(normalization: str) -> None:
+    zeros = {
+        "a.input_gram": torch.zeros(3, 3),
+        "a.output_gram": torch.zeros(2, 2),
+        "a.weight.fisher": torch.zeros(2, 3),
+    }
+    statistics = Statistics(Provenance(ALL, examples=1), Sums(zeros, {"a": 1}, {}, 1))
+    for kind in ALL:
+        curvature = statistics.curvature("a.weight", CurvatureOptions(kind=kind, normalization=normalization))
+        assert torch.equal(curvature.matvec(torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+# --- end to end
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private-place") / "expert"
+    tiny_bert_classifier(folder, seed=4, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    return folder
+
+
+def written(folder: Path, ending: str, rows: dict[str, list[Any]]) -> Path:
+    path = folder / f"task.{ending}"
+    dataset = datasets.Dataset.from_dict(rows)
+    {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}[ending](path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_compute_statistics_of_a_folder_with_a_file(expert: Path, tmp_path: Path, ending: str) -> None:
+    texts = tiny_texts(6, 9)
+    data = written(
+        tmp_path,
+        ending,
+        {"id": list(range(6)), "sentence": texts, "label": ["bad", "good", "good", "bad", "bad", "good"]},
+    )
+    output = tmp_path / "out" / STATISTICS_FILE
+    done = compute_statistics(expert, dataset=data, kind=("kfac", "fisher"), batch_size=4, output=output, device="cpu")
+    assert done.path == output
+    found = done.provenance
+    assert (found.kinds, found.model, found.task) == (("kfac", "fisher"), "expert", "text-classification")
+    assert (found.dataset, found.dataset_commit) == (f"task.{ending}", None)
+    assert found.columns == {"text": ("sentence",), "label": "label"}
+    assert (found.examples, found.label_source, found.dtype, found.max_length) == (6, "data", "float32", 32)
+    assert found.tokens == sum(len(text.split()) + 2 for text in texts)
+    assert found.fingerprint == open_source(expert).fingerprint
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+    for place in (str(expert.parent), str(tmp_path), expert.parent.name):
+        assert place not in json.dumps(metadata), "no local path is published"
+    labels = [0, 1, 1, 0, 0, 1]
+    memory = compute_statistics(
+        expert,
+        dataset=datasets.Dataset.from_dict({"words": texts, "y": labels}),
+        kind=("kfac", "fisher"),
+        text="words",
+        label="y",
+        device="cpu",
+    )
+    assert_same_sums(Sums(memory._sums.tensors, memory.tokens, memory.aliases, 6), done._sums)
+    assert torch.equal(Statistics.load(output).tensor("classifier.output_gram"), done.tensor("classifier.output_gram"))
+
+
+def test_progress_sees_every_batch(expert: Path) -> None:
+    seen: list[Any] = []
+
+    def progress(batches: Any, total: int, description: str) -> Any:
+        seen.append((total, description))
+        for batch in batches:
+            seen.append(len(batch["labels"]))
+            yield batch
+
+    data = datasets.Dataset.from_dict({"text": tiny_texts(5), "label": [0, 1, 0, 1, 0]})
+    compute_statistics(expert, dataset=data, kind="kfac", batch_size=2, device="cpu", progress=progress)
+    assert seen == [(3, "statistics of expert"), 2, 2, 1]
+
+
+def test_limit_draws_examples_by_seed(expert: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": tiny_texts(20, 3), "label": [i % 2 for i in range(20)]})
+    key = "bert.pooler.dense.input_gram"
+
+    def gram(**options: Any) -> Statistics:
+        return compute_statistics(expert, dataset=data, kind="gram", device="cpu", **options)
+
+    one, same, other = gram(examples=4, seed=1), gram(examples=4, seed=1), gram(examples=4, seed=2)
+    assert (one.provenance.examples, one.provenance.seed, one.provenance.label_source) == (4, 1, "none")
+    assert torch.equal(one.tensor(key), same.tensor(key))
+    assert not torch.allclose(one.tensor(key), other.tensor(key))
+    first = compute_statistics(expert, dataset=data.select(range(4)), kind="gram", device="cpu")
+    assert not torch.allclose(one.tensor(key), first.tensor(key)), "drawn at random, not the first ones"
+    assert_close(gram(examples=20).tensor(key), gram().tensor(key))
+
+
+ADAPTERS: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
+    "bert": (
+        tiny_bert_body,
+        {"target_modules": ["query", "dense"], "labels": 2},
+        {"text": tiny_texts(5, 8), "label": [0, 1, 1, 0, 1]},
+    ),
+    "gpt2": (
+        tiny_gpt2,
+        {"target_modules": ["c_attn", "c_proj"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True},
+        {"text": tiny_texts(5, 8)},
+    ),
+    "t5": (
+        tiny_t5,
+        {"target_modules": ["q", "v", "wi"], "task_type": "SEQ_2_SEQ_LM"},
+        {"text": tiny_texts(5, 8), "target": tiny_texts(5, 9)},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_statistics_of_an_adapter_are_those_of_the_merged_model(tmp_path: Path, family: str) -> None:
+    factory, options, rows = ADAPTERS[family]
+    factory(tmp_path / "base", seed=1)
+    adapter = lora_adapter(tmp_path / "base", tmp_path / "adapter", seed=2, **options)
+    save(merged_lora(adapter), tmp_path / "full", family)
+    data = written(tmp_path, "jsonl", rows)
+    measure = partial(compute_statistics, dataset=data, kind=("kfac", "fisher"), batch_size=2, device="cpu")
+    full, light = measure(tmp_path / "full"), measure(tmp_path / "adapter")
+    assert_same_sums(light._sums, full._sums)
+    assert light.provenance.model == "adapter"
+    assert light.provenance.transposed == full.provenance.transposed
+    assert light.provenance.fingerprint == open_source(tmp_path / "adapter").fingerprint
+    plain = measure(tmp_path / "base") if family != "bert" else None
+    if plain is not None:
+        key = next(key for key in plain.keys() if key.endswith(".output_gram"))  # noqa: SIM118
+        assert not torch.allclose(plain.tensor(key), light.tensor(key), rtol=1e-2), "the adapter has an effect"
+    with pytest.raises(StatisticsMismatch, match="adapter"):
+        light.check_expert("it", full.provenance.fingerprint, "full")
+
+
+def test_bfloat16_runs_are_summed_in_float32(expert: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": tiny_texts(4), "label": [0, 1, 0, 1]})
+    rough = compute_statistics(expert, dataset=data, kind=ALL, dtype="bfloat16", device="cpu")
+    fine = compute_statistics(expert, dataset=data, kind=ALL, device="cpu")
+    assert rough.provenance.dtype == "bfloat16"
+    assert {rough.tensor(key).dtype for key in rough.keys()} == {torch.float32}  # noqa: SIM118
+    key = "bert.encoder.layer.1.attention.self.query.input_gram"
+    torch.testing.assert_close(rough.tensor(key), fine.tensor(key), rtol=0.2, atol=0.05 * float(fine.tensor(key).max()))
+
+
+def test_what_cannot_be_measured_is_refused(expert: Path, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["the film"], "label": [1]})
+    with pytest.raises(RecipeError, match=r"'kfca'.*'kfac'\?.*gram"):
+        compute_statistics(expert, dataset=rows, kind="kfca")
+    (tmp_path / "data.txt").write_text("the film")
+    with pytest.raises(SourceError, match=r"\.jsonl.*\.csv.*\.parquet"):
+        compute_statistics(expert, dataset=tmp_path / "data.txt")
+    (tmp_path / "data.jsonl").write_text("{not json\n")
+    with pytest.raises(SourceError, match=r"data\.jsonl' cannot be read"):
+        compute_statistics(expert, dataset=tmp_path / "data.jsonl")
+    with pytest.raises(StatisticsError, match="no example"):
+        compute_statistics(expert, dataset=rows.select([]), device="cpu")
+    wide = VOCABULARY - 1
+    assert wide > 2
+    with pytest.raises(StatisticsError, match=f"label {wide}"):
+        compute_statistics(expert, dataset=datasets.Dataset.from_dict({"text": ["it"], "label": [wide]}), device="cpu")
