@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,7 +28,6 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class Checkpoint:
@@ -213,11 +212,3 @@ def parse_size(text: str | int) -> int:
         if text.upper().endswith(unit):
             return int(float(text[: -len(unit)]) * factor)
     return int(text)
-
-
-def largest(headers: Iterable[TensorHeader]) -> int:
-    """Return the number of entries of the largest tensor."""
-    return max((header.numel for header in headers), default=0)
-
-
-__all__ = ["DTYPE_BYTES", "DTYPE_NAMES", "TORCH_DTYPES", "Checkpoint", "CheckpointWriter", "largest", "parse_size"]

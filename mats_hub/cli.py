@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mats_hub import __version__
 from mats_hub.errors import MatsError
+from mats_hub.progress import progress_bar
 from mats_hub.recipe import (
     INITIALIZATION_OPTIONS,
     METHODS,
@@ -46,13 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mats-hub: stopped; nothing was left half-written", file=sys.stderr)
         return 130
-
-
-def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
-    """Show a progress bar with the time left on standard error."""
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, desc=description, dynamic_ncols=True, disable=None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,7 +170,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
 def _demo(output: str, device: str) -> None:
     from mats_hub.demo import run_demo
 
-    run_demo(output, device, progress, print)
+    run_demo(output, device, progress_bar, print)
 
 
 def _statistics(model: str, output: str | None, kind: list[str] | None, **options: Any) -> None:
@@ -184,7 +178,7 @@ def _statistics(model: str, output: str | None, kind: list[str] | None, **option
 
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     target = output or f"{name}.statistics.safetensors"
-    statistics = compute_statistics(model, kind=kind or "kfac", output=target, progress=progress, **options)
+    statistics = compute_statistics(model, kind=kind or "kfac", output=target, progress=progress_bar, **options)
     found = statistics.provenance
     print(f"{target}: {', '.join(found.kinds)} of {found.model} on {found.examples} examples, {found.tokens} tokens")
     print(f"next: mats-hub merge {model} … --statistics {target} … --output merged/")
@@ -201,7 +195,7 @@ def _plan(**options: Any) -> int:
 def _merge(output: str, push: str | None, private: bool, device: str, **options: Any) -> None:
     from mats_hub.merged_model import merge
 
-    merged = merge(_recipe(options), output=output, device=device, progress=progress)
+    merged = merge(_recipe(options), output=output, device=device, progress=progress_bar)
     for note in merged.report.notes:
         print(f"note: {note}")
     print(f"merged {len(merged.report.experts)} experts with {merged.report.recipe['method']} into {output}")

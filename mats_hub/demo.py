@@ -5,7 +5,7 @@ Only the training is the demonstration's own: everything else is the public func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mats_hub.errors import SourceError
 from mats_hub.evaluation import evaluate
 from mats_hub.loading import load, quiet
 from mats_hub.merged_model import MergedModel, check_output, merge, staged
+from mats_hub.progress import Progress
 from mats_hub.statistics import STATISTICS_FILE, compute_statistics
 
 
@@ -37,8 +38,6 @@ ITERATIONS = (10, 30, 100)
 
 SPLITS = {"train": slice(0, 1000), "validation": slice(1000, 1300), "test": slice(1300, 1797)}
 BASE_STEPS, EXPERT_STEPS, BATCH = 800, 150, 64
-
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 def run_demo(output: str | Path, device: str, progress: Progress, say: Callable[[str], None]) -> Path:

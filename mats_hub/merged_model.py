@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.card import write_card
+from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.errors import OutputError, RecipeError, SourceError
 from mats_hub.expert import Expert
-from mats_hub.loading import CONFIG_FILE, HEAD_FILE, TASKS_FOLDER, concrete_class, load
+from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, load
 from mats_hub.plan import Plan
 from mats_hub.planning import make_plan
+from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import Source, file_sha256, open_source
+from mats_hub.source import Source, file_sha256, give_usual_mode, open_source
 
 COMPANION_FILES = (
     "tokenizer.json",
@@ -112,7 +114,7 @@ def merge(
     output: str | Path | None = None,
     device: str = "auto",
     token: str | bool | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> MergedModel:
     """Merge experts into one model.
@@ -197,7 +199,7 @@ def staged(target: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write beside {str(target)!r}: {error.strerror}") from error
     try:
         yield stage
-        stage.chmod(0o777 & ~_umask())
+        give_usual_mode(stage)
         if target.exists():
             target.rmdir()
         os.replace(stage, target)
@@ -207,13 +209,7 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_all(plan: Plan, folder: Path, device: Any, progress: Any) -> MergeReport:
+def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None) -> MergeReport:
     """Write weights, heads, configs, companions, recipe, report and card."""
     from mats_hub.merging import merge_tensors
 
@@ -254,17 +250,19 @@ def _as_merged(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
     """Write the config and the head with which the merged body becomes this expert's model."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     config = _as_merged(plan, expert.task_config(plan.reference.config))
     if config.get("model_type"):
         name = expert.auto_class or (plan.reference.config.get("architectures") or ["AutoModel"])[0]
         config["architectures"] = [concrete_class(name, config)]
     _write_json(folder / CONFIG_FILE, config)
-    head = {own: expert.whole_tensor(own).contiguous() for own in plan.kept[expert.name]}
+    head = {own: expert.checkpoint.headers[expert.whole[own]] for own in plan.kept[expert.name]}
     if head:
-        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+        with CheckpointWriter(
+            folder, head, max_shard_bytes=sum(header.nbytes for header in head.values()), metadata={}
+        ) as writer:
+            for own in writer.order:
+                writer.write(own, expert.whole_tensor(own))
 
 
 def _copy_companions(plan: Plan, folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.linear_system import LinearSystem, match
 from mats_hub.plan import Action, Entry, Plan
+from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
 
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
 
@@ -39,7 +39,7 @@ def merge_tensors(
 
     """
     entries = {entry.key: entry for entry in plan.entries}
-    show = progress or (lambda items, total, description: items)
+    show = progress or silent
     context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
     if isinstance(plan.recipe.initialization, Ties) and plan.recipe.initialization.trim == "global":
         context = Context(context.key, context.experts, context.seed, _thresholds(plan, device, show))

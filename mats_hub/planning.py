@@ -97,8 +97,8 @@ def _open_base(plan: Plan, token: str | bool | None) -> None:
     named: dict[str, Expert] = {}
     for expert, adapter in adapters:
         if adapter.base:
-            named.setdefault(adapter.base.partition("@")[0].lower(), expert)
-    if len(named) > 1:
+            named.setdefault(adapter.base.partition("@")[0], expert)
+    if len({name.lower() for name in named}) > 1:
         (one, first), (other, second) = list(named.items())[:2]
         plan.problems.append(
             IncompatibleExperts(
@@ -120,7 +120,7 @@ def _open_base(plan: Plan, token: str | bool | None) -> None:
 def _same_base(name: str, base: Source) -> bool:
     """Tell whether an adapter's base can be this one; a folder is believed unless the name is another folder here."""
     if base.repo_id:
-        return name == base.repo_id.lower()
+        return name.lower() == base.repo_id.lower()
     try:
         other = open_source(name) if re.search(r"[/\\]", name) and name.startswith(("/", ".", "~")) else None
     except MatsError:

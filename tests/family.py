@@ -31,11 +31,11 @@ class Family:
         return self.root / f"{name}.jsonl"
 
 
-def make_family(root: Path, dtype: torch.dtype = torch.float32, card: str = "") -> Family:
+def make_family(root: Path, dtype: torch.dtype = torch.float32, card: str = "", first: int = 0) -> Family:
     """Write base (a body without a head), three experts with heads of 2, 3 and 2 labels, and their data."""
     family = Family(root)
-    models.save(models.tiny_bert_body().to(dtype), root / "base", "bert")
-    for seed, (name, count) in enumerate(LABELS.items(), start=1):
+    models.save(models.tiny_bert_body(seed=first).to(dtype), root / "base", "bert")
+    for seed, (name, count) in enumerate(LABELS.items(), start=first + 1):
         save_expert(family, name, count, seed, dtype)
         if card:
             (root / name / "README.md").write_text(card)

@@ -54,6 +54,9 @@ AUTO_CLASSES = {
 }
 
 
+torch.set_num_threads(1)  # with more threads models this small are many times slower on a busy machine
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from `seed`, leaving the global generator as it was."""

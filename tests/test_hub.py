@@ -205,3 +205,18 @@ def test_a_local_folder_wins_over_an_id_of_the_same_name(hub, published, local, 
     shutil.copytree(local.experts[0], tmp_path / "alice" / "alpha")
     monkeypatch.chdir(tmp_path)
     assert open_source("alice/alpha").repo_id is None
+
+
+def test_statistics_on_a_data_set_of_the_hub_are_pinned(hub, published, local):
+    sha = hub.create("alice/data", {"validation.jsonl": local.data("alpha").read_bytes()}, repo_type="dataset")
+    found = mats_hub.compute_statistics(
+        "alice/alpha", dataset="alice/data", split="validation", kind="gram", token=published
+    )
+    assert (found.provenance.dataset, found.provenance.dataset_commit) == ("alice/data", sha)
+    assert found.provenance.model == f"alice/alpha@{hub.commits('alice/alpha')[0].sha}"
+    by_file = mats_hub.compute_statistics(local.root / "alpha", dataset=local.data("alpha"), kind="gram")
+    assert all(torch.equal(found.tensor(key), by_file.tensor(key)) for key in by_file.keys())  # noqa: SIM118
+    with pytest.raises(SourceError, match=r"alice/nodata.*not on the Hub"):
+        mats_hub.compute_statistics("alice/alpha", dataset="alice/nodata", kind="gram", token=published)
+    with pytest.raises(SourceError, match=r"alice/data.*cannot be read"):
+        mats_hub.compute_statistics("alice/alpha", dataset="alice/data", split="nosplit", kind="gram", token=published)

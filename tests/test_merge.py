@@ -320,6 +320,31 @@ def test_other_architectures_and_shapes_are_refused(family, tmp_path):
     assert "--exclude" in text
 
 
+def test_adapters_of_another_base_are_refused_by_name(family, tmp_path):
+    other = families.make_family(tmp_path / "other", first=7)
+    for number, base in ((1, family.base), (2, other.base)):
+        models.lora_adapter(Path(base), tmp_path / f"adapter{number}", seed=number, labels=2)
+    adapters = [str(tmp_path / f"adapter{number}") for number in (1, 2)]
+    text = problem(adapters, method="average")
+    assert "'" + adapters[0] + "' was trained on base" in text
+    assert "allow_other_base: true" in text
+    assert "was trained on base" in problem(adapters[1:], base=family.base, method="average")
+    merged = mats_hub.merge(adapters, base=family.base, method="average", allow_other_base=True)
+    assert sorted(merged.report.experts[0]["kept"]) == ["classifier.bias", "classifier.weight"]
+    assert merged.load("adapter2").config.num_labels == 2
+
+
+def test_tokenizer_and_generation_config_come_from_a_named_source(family, copy):
+    source = Path(copy.experts[1])
+    (source / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    merged = mats_hub.merge(copy.experts, base=copy.base, method="average", tokenizer=str(source))
+    assert (merged.folder / "generation_config.json").read_text() == '{\n  "max_new_tokens": 7\n}\n'
+    assert (merged.folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    plain = mats_hub.merge(copy.experts, base=copy.base, method="average")
+    assert not (plain.folder / "chat_template.jinja").exists()
+
+
 def test_bad_recipes_are_refused_before_anything_is_opened():
     nowhere = ["no/one", "no/two"]
     assert "unknown method 'tise'. Did you mean 'ties'?" in problem(nowhere, method="tise")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
     ("errors",),
-    ("recipe", "curvature", "delta", "device", "initialization"),
+    ("recipe", "curvature", "delta", "device", "initialization", "progress"),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "checkpoint", "figures"),
     ("adapter", "statistics.accumulate"),

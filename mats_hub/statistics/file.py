@@ -15,7 +15,7 @@ from torch import Tensor
 from mats_hub.curvature import Curvature, Diagonal, Gram, Kronecker
 from mats_hub.errors import CheckpointError, StatisticsError, StatisticsMismatch
 from mats_hub.recipe import Curvature as CurvatureOptions
-from mats_hub.source import TensorHeader, read_header
+from mats_hub.source import TensorHeader, give_usual_mode, read_header
 from mats_hub.statistics.accumulate import Sums
 
 STATISTICS_FILE = "statistics.safetensors"
@@ -125,6 +125,7 @@ class Statistics:
         tensors = {key: self.tensor(key).cpu().contiguous() for key in self.keys()}
         partial = path.with_name(f".{path.name}.partial")
         save_file(tensors, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(content)})
+        give_usual_mode(partial)
         os.replace(partial, path)
         self.path = path
         return path

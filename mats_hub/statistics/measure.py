@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,13 +10,12 @@ from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.expert import Expert
 from mats_hub.loading import load_expert
+from mats_hub.progress import Progress, silent
 from mats_hub.recipe import CurvatureKind
 from mats_hub.source import open_source
 from mats_hub.statistics.collect import collect, transposed_modules
 from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
-
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 def compute_statistics(
@@ -100,9 +99,7 @@ def compute_statistics(
     )
     size = 1 if kinds == ("fisher",) else batch_size  # Fisher takes examples one by one: alone they need no padding
     steps = -(-len(loaded) // size)
-    batches: Iterator[Any] | Iterable[Any] = data.batches(size, place)
-    if progress is not None:
-        batches = progress(batches, steps, f"statistics of {source.name}")
+    batches = (progress or silent)(data.batches(size, place), steps, f"statistics of {source.name}")
     sums = collect(network, batches, kinds, data.loss, data.masks)
     provenance = Provenance(
         kinds=kinds,
