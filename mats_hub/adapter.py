@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mats_hub.checkpoint import Checkpoint
@@ -102,6 +102,12 @@ class LoraAdapter:
         tensor = self.checkpoint.tensor
         return LowRankDelta(tensor(factors.B), tensor(factors.A), factors.scale, factors.transposed)
 
+    def orient(self, name: str, transposed: bool) -> None:
+        """Set whether a weight is stored ``[in, out]``: PEFT writes one `fan_in_fan_out` for all modules, its last one's."""
+        factors = self.factors[name]
+        if factors.transposed != transposed and ".lora_embedding_" not in factors.A:
+            self.factors[name] = replace(factors, transposed=transposed, shape=factors.shape[::-1])
+
     def _refuse_variants(self) -> None:
         spec = self.checkpoint.source.spec
         kind = self.options.get("peft_type")
@@ -115,6 +121,12 @@ class LoraAdapter:
                 raise CheckpointError(
                     f"{spec!r} uses {option} ({reason}), so its change is not a low-rank delta. Merge it into its base "
                     "with PEFT's merge_and_unload() and use the full checkpoint"
+                )
+        for parameter in self.options.get("target_parameters") or ():
+            if not str(parameter).endswith(".weight"):
+                raise CheckpointError(
+                    f"{spec!r} changes the parameter {parameter!r} (target_parameters), which is no linear module's weight. "
+                    "Merge it into its base with PEFT's merge_and_unload() and use the full checkpoint"
                 )
 
     def _pair(self, module: str, embedding: bool, pair: Mapping[str, str]) -> Factors:

@@ -60,6 +60,10 @@ class Checkpoint:
                         f"{source.spec!r}: tensor {name!r} is in both {self.headers[name].file} and {filename}"
                     )
                 self.headers[name] = header
+        if not self.headers:
+            raise CheckpointError(
+                f"{source.spec!r} names no file that holds a weight; the upload or download is incomplete"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -137,7 +141,7 @@ class CheckpointWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the layout, cast to the layout's dtype."""
         expected, shard = self._pending[self._position]
-        header = self._layout[name]
+        header = self._layout[expected]
         if name != expected or tuple(tensor.shape) != header.shape:
             raise RuntimeError(f"tensor {name!r} {tuple(tensor.shape)} where {expected!r} {header.shape} was due")
         if shard != self._shard:

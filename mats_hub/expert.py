@@ -54,9 +54,14 @@ class Expert:
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         own = [*self.whole, *(self.adapter.factors if self.adapter else ())]
-        stored_names = {**self.architecture.stored_names, **describe(reference.config).stored_names}
+        facts = describe(reference.config)
+        stored_names = {**self.architecture.stored_names, **facts.stored_names}
         mapping = align(own, reference.headers, stored_names)
         self.names = {target: name for name, target in mapping.items()}
+        if self.adapter and facts.transposed:
+            transposed = set(align(facts.transposed, reference.headers, stored_names).values())
+            for name in self.adapter.factors.keys() & mapping.keys():
+                self.adapter.orient(name, mapping[name] in transposed)
         tied = {} if self.adapter else self.architecture.tied
         for alias, stored in tied.items():
             if alias in reference.headers and alias not in self.names and stored in self.checkpoint.headers:

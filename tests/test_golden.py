@@ -1,0 +1,210 @@
+"""Numbers that the public reference implementations give for tiny inputs (tests/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Kronecker
+from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.initialization.dare import rescaled
+from mats_hub.linear_system import match
+from mats_hub.recipe import Curvature as CurvatureOptions
+from mats_hub.solver import conjugate_gradient, exact
+from mats_hub.statistics import Provenance, Statistics, Sums
+
+GOLDEN = Path(__file__).parent / "golden"
+INPUTS = load_file(GOLDEN / "inputs.safetensors")
+SIMPLE = load_file(GOLDEN / "simple.safetensors")
+CG = load_file(GOLDEN / "mats_cg.safetensors")
+TIES = load_file(GOLDEN / "ties.safetensors")
+DARE = load_file(GOLDEN / "dare.safetensors")
+RUNS = {
+    (run["kind"], run["init"], run["maxiter"], run["precision"], run["tensor"]): run
+    for run in json.loads((GOLDEN / "runs.json").read_text())["cg_runs"]
+}
+TASKS = ("task0", "task1", "task2")
+PARAMETERS = ("enc.fc1.bias", "enc.fc1.weight", "enc.fc2.weight", "enc.norm.weight")
+LINEAR = ("enc.fc1", "enc.fc2")
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+CLOSED_FORM = 2e-6
+"""Relative Frobenius error of closed forms against float32 references."""
+CONJUGATE_GRADIENT = {"f32": {5: 2e-6, 10: 5e-4, 50: 5e-4}, "f64": dict.fromkeys((5, 10, 50), 1e-5)}
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert float((ours.double() - theirs.double()).norm()) <= tolerance * float(theirs.double().norm())
+
+
+def experts(parameter: str, precision: str) -> list[Tensor]:
+    prefix = "ia3/" if "ia3" in parameter else ""
+    return [INPUTS[f"{prefix}{task}/{parameter}"].to(DTYPES[precision]) for task in TASKS]
+
+
+def base(parameter: str, precision: str) -> Tensor:
+    prefix = "ia3/" if "ia3" in parameter else ""
+    return INPUTS[f"{prefix}pretrained/{parameter}"].to(DTYPES[precision])
+
+
+def curvatures(kind: str, parameter: str, precision: str) -> list[Curvature]:
+    """Return each task's curvature through the statistics file's own path, or directly for (IA)³ blocks."""
+    if kind == "ia3_block":
+        return [Dense(INPUTS[f"ia3_fisher_block/{task}/{parameter}"].to(DTYPES[precision])) for task in TASKS]
+    off_diagonal = float(kind.removeprefix("gram_scale")) if kind.startswith("gram_scale") else 1.0
+    options = CurvatureOptions(kind="kfac" if kind == "kfac" else "gram", off_diagonal=off_diagonal)
+    module = parameter.removesuffix(".weight")
+    found = []
+    for task in TASKS:
+        tensors = {f"{module}.{ours}_gram": INPUTS[f"gram_{theirs}/{task}/{module}"] for ours, theirs in (("input", "in"), ("output", "out"))}  # fmt: skip
+        statistics = Statistics(Provenance(("kfac",)), Sums(tensors, {module: 1}))
+        found.append(statistics.curvature(parameter, options, dtype=DTYPES[precision]))
+    return found
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("parameter", PARAMETERS)
+@pytest.mark.parametrize(("method", "options"), [("average", {}), ("task_arithmetic", {"scale": 0.3})])
+def test_average_and_task_arithmetic(method, options, parameter, precision):
+    origin = base(parameter, precision)
+    deltas = [weight - origin for weight in experts(parameter, precision)]
+    ours = origin + INITIALIZATIONS[method](deltas, [1.0] * 3, Context(), **options)
+    name = "average" if method == "average" else "task_arithmetic_0.3"
+    close(ours, SIMPLE[f"{name}/{precision}/{parameter}"], CLOSED_FORM)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("module", LINEAR)
+@pytest.mark.parametrize("scale", ["0.0", "0.9", "1.0"])
+def test_regmean(scale, module, precision):
+    parameter = f"{module}.weight"
+    weights = experts(parameter, precision)
+    origin = sum(weights) / 3
+    system = match(curvatures(f"gram_scale{scale}", parameter, precision), [w - origin for w in weights], [1.0] * 3)
+    ours = origin + exact(system, torch.zeros_like(origin)).value
+    close(ours, SIMPLE[f"regmean_{scale}/{precision}/{parameter}"], CLOSED_FORM)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("parameter", PARAMETERS)
+@pytest.mark.parametrize(
+    ("name", "tasks", "weights"),
+    [
+        ("fisher_diag", (0, 1, 2), (1.0, 1.0, 1.0)),
+        ("fisher_diag_two_models_0.3", (0, 1), (0.3, 0.7)),
+        ("fisher_diag_two_models_1.0", (0, 1), (1.0, 0.0)),
+    ],
+)
+def test_fisher(name, tasks, weights, parameter, precision):
+    own = [experts(parameter, precision)[task] for task in tasks]
+    origin = sum(own) / len(own)
+    fishers = [Diagonal(INPUTS[f"fisher_diag/task{task}/{parameter}"].to(origin).clamp(min=1e-8)) for task in tasks]
+    ours = origin + exact(match(fishers, [w - origin for w in own], weights), torch.zeros_like(origin)).value
+    close(ours, SIMPLE[f"{name}/{precision}/{parameter}"], CLOSED_FORM)
+
+
+STARTS = {
+    "average": lambda parameter, precision: sum(experts(parameter, precision)) / 3,
+    "zero": lambda parameter, precision: torch.zeros_like(base(parameter, precision)),
+    "task_arithmetic": lambda parameter, precision: (
+        base(parameter, precision)
+        + (0.2 if "ia3" in parameter else 0.3)
+        * sum(weight - base(parameter, precision) for weight in experts(parameter, precision))
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: f"{run['kind']}-{run['init']}-{run['maxiter']}-{run['precision']}-{run['tensor']}")  # fmt: skip
+def test_conjugate_gradient(run):
+    """Solve in weight coordinates with the reference's stop rule: same iterates, same number of steps."""
+    kind, start, steps, precision, parameter = (run[k] for k in ("kind", "init", "maxiter", "precision", "tensor"))
+    system = match(curvatures(kind, parameter, precision), experts(parameter, precision), [1.0] * 3)
+    solution = conjugate_gradient(system, STARTS[start](parameter, precision), iterations=steps, tolerance=1e-5)
+    close(solution.value, CG[f"{kind}/{start}/{steps}/{precision}/{parameter}"], CONJUGATE_GRADIENT[precision][steps])
+    assert abs(solution.iterations - run["iterations"]) <= (0 if precision == "f64" else 1)
+
+
+@pytest.mark.parametrize("parameter", ["enc.fc1.weight", "enc.fc2.weight", "enc.ia3_k", "enc.ia3_l"])
+@pytest.mark.parametrize("kind", ["gram", "gram_scale0.9", "kfac", "ia3_block"])
+def test_task_vectors_solved_to_the_end_are_the_exact_solution(kind, parameter):
+    if (kind == "ia3_block") != ("ia3" in parameter):
+        pytest.skip("blocks are of (IA)³ vectors, the others of matrices")
+    origin = base(parameter, "f64")
+    system = match(curvatures(kind, parameter, "f64"), [w - origin for w in experts(parameter, "f64")], [1.0] * 3)
+    start = torch.zeros_like(origin)
+    theirs = CG[f"{kind}/exact/f64/{parameter}"]
+    close(origin + conjugate_gradient(system, start, iterations=400, tolerance=1e-12).value, theirs, 1e-9)
+    if kind != "kfac":
+        close(origin + exact(system, start).value, theirs, 1e-9)
+
+
+def ties_of(vectors: Tensor, density: float, scale: float = 1.0) -> Tensor:
+    context = Context(thresholds=tuple(threshold(vector, density) for vector in vectors))
+    return INITIALIZATIONS["ties"](list(vectors), [1.0] * len(vectors), context, density=density, scale=scale)
+
+
+def threshold(vector: Tensor, density: float) -> float:
+    """Return the global trimming threshold as a merge finds it, part by part."""
+    rank = MagnitudeRank(density)
+    for last in (False, True):
+        for part in vector.split(7):
+            rank.add(part)
+        if not last:
+            rank.narrow()
+    return rank.value()
+
+
+@pytest.mark.parametrize("percent", [20, 50])
+def test_ties(percent):
+    vectors = TIES["random/task_vectors"]
+    masks = torch.stack([vector.abs() >= threshold(vector, percent / 100) for vector in vectors])
+    assert torch.equal(masks, TIES[f"random/K{percent}/trim_mask"])
+    ours = ties_of(vectors, percent / 100)
+    close(ours, TIES[f"random/K{percent}/dis-mean/merged_tv"], CLOSED_FORM)
+    assert torch.equal(ours != 0, TIES[f"random/K{percent}/dis-mean/merged_tv"] != 0)
+    for scale in (1.0, 0.4):
+        merged = ties_of(vectors, percent / 100, scale)
+        start = 0
+        for parameter in sorted(PARAMETERS):
+            origin = base(parameter, "f32")
+            part = merged[start : start + origin.numel()].reshape(origin.shape)
+            close(origin + part, TIES[f"random/K{percent}/dis-mean/lambda{scale}/{parameter}"], CLOSED_FORM)
+            start += origin.numel()
+
+
+@pytest.mark.parametrize("percent", [20, 50])
+def test_ties_with_equal_magnitudes_and_cancelling_signs(percent):
+    """Where signs cancel exactly the reference asks the rest of the vector; we elect +, so only such columns may differ."""
+    vectors = TIES["edge/task_vectors"]
+    trimmed = torch.stack([torch.where(v.abs() >= threshold(v, percent / 100), v, 0) for v in vectors])
+    cancelled = trimmed.sum(0) == 0
+    ours, theirs = ties_of(vectors, percent / 100), TIES[f"edge/K{percent}/dis-mean/merged_tv"]
+    assert torch.equal(ours[~cancelled], theirs[~cancelled])
+    assert (ours[cancelled] >= 0).all()
+    assert not cancelled.all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_dare_drops_and_divides_by_the_density(task, parameter):
+    delta = INPUTS[f"{task}/{parameter}"] - INPUTS[f"pretrained/{parameter}"]
+    ours = rescaled(delta, DARE[f"mask/{task}/{parameter}"].bool(), 0.5)
+    close(ours, DARE[f"peft_delta/{task}/{parameter}"], CLOSED_FORM)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("module", LINEAR)
+def test_grams_count_unmasked_tokens_alone(task, module):
+    mask = INPUTS[f"mask/{task}"].bool()
+    sums = Sums()
+    sums.add_rows("in", INPUTS[f"activations/{task}/{module}"][mask])
+    sums.add_rows("out", INPUTS[f"output_grads/{task}/{module}"][mask])
+    count = int(mask.sum())
+    close(sums.tensors["in"] / count, INPUTS[f"gram_in/{task}/{module}"], CLOSED_FORM)
+    close(sums.tensors["out"] / count, INPUTS[f"gram_out/{task}/{module}"], CLOSED_FORM)
+    assert isinstance(curvatures("kfac", f"{module}.weight", "f32")[0], Kronecker)
+    assert isinstance(curvatures("gram", f"{module}.weight", "f32")[0], Gram)
