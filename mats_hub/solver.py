@@ -94,7 +94,8 @@ def conjugate_gradient(
     y = precondition(r)
     p, ry = y, _dot(r, y)
     rounding, largest = 4 * torch.finfo(x.dtype).eps, 0.0
-    outcome, step, kept = Outcome.ITERATIONS, 0, {}
+    outcome, step = Outcome.ITERATIONS, 0
+    kept = {0: x0.clone()} if 0 in iterates else {}
     while step < iterations:
         Ap = system.operator.matvec(p)
         curvature = _dot(p, Ap)

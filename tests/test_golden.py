@@ -60,7 +60,10 @@ def curvatures(kind: str, parameter: str, precision: str) -> list[Curvature]:
     module = parameter.removesuffix(".weight")
     found = []
     for task in TASKS:
-        tensors = {f"{module}.{ours}_gram": INPUTS[f"gram_{theirs}/{task}/{module}"] for ours, theirs in (("input", "in"), ("output", "out"))}  # fmt: skip
+        tensors = {
+            f"{module}.input_gram": INPUTS[f"gram_in/{task}/{module}"],
+            f"{module}.output_gram": INPUTS[f"gram_out/{task}/{module}"],
+        }
         statistics = Statistics(Provenance(("kfac",)), Sums(tensors, {module: 1}))
         found.append(statistics.curvature(parameter, options, dtype=DTYPES[precision]))
     return found
@@ -118,7 +121,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: f"{run['kind']}-{run['init']}-{run['maxiter']}-{run['precision']}-{run['tensor']}")  # fmt: skip
+@pytest.mark.parametrize("run", RUNS.values(), ids=["-".join(map(str, key)) for key in RUNS])
 def test_conjugate_gradient(run):
     """Solve in weight coordinates with the reference's stop rule: same iterates, same number of steps."""
     kind, start, steps, precision, parameter = (run[k] for k in ("kind", "init", "maxiter", "precision", "tensor"))
@@ -128,11 +131,14 @@ def test_conjugate_gradient(run):
     assert abs(solution.iterations - run["iterations"]) <= (0 if precision == "f64" else 1)
 
 
-@pytest.mark.parametrize("parameter", ["enc.fc1.weight", "enc.fc2.weight", "enc.ia3_k", "enc.ia3_l"])
-@pytest.mark.parametrize("kind", ["gram", "gram_scale0.9", "kfac", "ia3_block"])
+@pytest.mark.parametrize(
+    ("kind", "parameter"),
+    [
+        *((kind, f"{module}.weight") for kind in ("gram", "gram_scale0.9", "kfac") for module in LINEAR),
+        *(("ia3_block", f"enc.ia3_{name}") for name in "kl"),
+    ],
+)
 def test_task_vectors_solved_to_the_end_are_the_exact_solution(kind, parameter):
-    if (kind == "ia3_block") != ("ia3" in parameter):
-        pytest.skip("blocks are of (IA)³ vectors, the others of matrices")
     origin = base(parameter, "f64")
     system = match(curvatures(kind, parameter, "f64"), [w - origin for w in experts(parameter, "f64")], [1.0] * 3)
     start = torch.zeros_like(origin)

@@ -1,0 +1,353 @@
+"""What every curvature, solver and initialization must do, whatever it is: dense oracles and invariants in float64."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, Sum
+from mats_hub.errors import NumericalError
+from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.initialization.ties import kept_rank
+from mats_hub.linear_system import LinearSystem, match
+from mats_hub.recipe import INITIALIZATION_OPTIONS
+from mats_hub.solver import Outcome, conjugate_gradient, exact, has_closed_form, kronecker_preconditioner
+
+OUT, IN = 4, 5
+RTOL = 1e-8
+WEIGHTS = [1.0, 0.5, 2.0]
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def psd(size: int, seed: int, rank: int | None = None, dead: int | None = None) -> Tensor:
+    factor = draw(size, rank or size + 2, seed=seed)
+    if dead is not None:
+        factor[dead] = 0
+    return factor @ factor.T / size
+
+
+CURVATURES = {
+    "identity": lambda seed, **kind: Identity(0.5 + seed),
+    "diagonal": lambda seed, **kind: Diagonal(
+        draw(OUT, IN, seed=seed) ** 2 * (draw(OUT, IN, seed=99) > -0.5 if kind else 1)
+    ),
+    "gram": lambda seed, **kind: Gram(psd(IN, seed, **kind)),
+    "kronecker": lambda seed, **kind: Kronecker(psd(OUT, seed, **kind), psd(IN, seed + 50, **kind)),
+    "dense": lambda seed, **kind: Dense(psd(OUT * IN, seed, **kind)),
+    "sum": lambda seed, **kind: (
+        Kronecker(psd(OUT, seed, **kind), psd(IN, seed + 50, **kind)) + Gram(psd(IN, seed, **kind))
+    ),
+}
+SOLVERS = {
+    "conjugate gradient": lambda system, x0: conjugate_gradient(system, x0, iterations=4000, tolerance=1e-13),
+    "preconditioned": lambda system, x0: conjugate_gradient(
+        system, x0, iterations=4000, tolerance=1e-13, preconditioner=kronecker_preconditioner(system)
+    ),
+    "exact": exact,
+}
+
+
+def crossed(experts: int):
+    """Yield every curvature with every solver that takes that many experts of it."""
+    for (name, make), solver in itertools.product(CURVATURES.items(), SOLVERS):
+        kinds = [type(make(seed)) for seed in range(experts)]
+        if solver == "preconditioned" and set(kinds) != {Kronecker}:
+            continue
+        if solver == "exact" and not has_closed_form(kinds):
+            continue
+        yield pytest.param(make, SOLVERS[solver], id=f"{name}, {solver}, {experts} experts")
+
+
+EVERY = [*crossed(3), *(case for case in crossed(2) if "exact" in case.id)]
+
+
+def matrix(curvature: Curvature) -> Tensor:
+    """Return a curvature as a dense matrix, column by column."""
+    basis = torch.eye(OUT * IN, dtype=torch.float64)
+    return torch.stack([curvature.matvec(e.reshape(OUT, IN)).reshape(-1) for e in basis], 1)
+
+
+def problem(make, experts: int = 3, **kind) -> LinearSystem:
+    return match(
+        [make(seed, **kind) for seed in range(experts)],
+        [draw(OUT, IN, seed=10 + seed) for seed in range(experts)],
+        WEIGHTS[:experts],
+    )
+
+
+def oracle(system: LinearSystem, x0: Tensor) -> Tensor:
+    """Return x₀ plus the smallest correction that solves the normal equations, by a dense pseudo-inverse."""
+    A = sum(matrix(c) for c in system.curvatures)
+    b = sum(matrix(c) @ d.reshape(-1) for c, d in zip(system.curvatures, system.deltas, strict=True))
+    return x0 + (torch.linalg.pinv(A, hermitian=True) @ (b - A @ x0.reshape(-1))).reshape(x0.shape)
+
+
+def close(a: Tensor, b: Tensor, rtol: float = RTOL) -> None:
+    assert float((a - b).norm()) <= rtol * max(float(b.norm()), 1e-300)
+
+
+def experts_of(make) -> int:
+    return 2 if make is CURVATURES["kronecker"] else 3
+
+
+# Curvatures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", CURVATURES.values(), ids=CURVATURES)
+def test_a_curvature_is_a_symmetric_psd_map_with_its_diagonal(make):
+    curvature = make(1)
+    dense = matrix(curvature)
+    close(dense, dense.T)
+    assert torch.linalg.eigvalsh(dense).min() > -1e-10
+    close(curvature.diagonal(torch.Size((OUT, IN))).reshape(-1).double(), dense.diagonal())
+    close(matrix(curvature.scaled(0.3)), 0.3 * dense)
+    assert curvature.to("cpu", torch.float32).matvec(torch.ones(OUT, IN)).dtype == torch.float32
+    with pytest.raises(ValueError, match="not negative"):
+        curvature.scaled(-1.0)
+
+
+@pytest.mark.parametrize("pair", itertools.product(CURVATURES, repeat=2), ids=" + ".join)
+def test_addition_is_exact(pair):
+    a, b = (CURVATURES[name](seed) for seed, name in enumerate(pair))
+    close(matrix(a + b), matrix(a) + matrix(b))
+    close(matrix(a + b + a), 2 * matrix(a) + matrix(b))
+
+
+def test_closed_classes_stay_simple_and_kronecker_factors_are_never_added():
+    for name in ("identity", "diagonal", "gram", "dense"):
+        assert not isinstance(CURVATURES[name](0) + CURVATURES[name](1), Sum)
+    a, b = CURVATURES["kronecker"](0), CURVATURES["kronecker"](1)
+    assert isinstance(a + b, Sum)
+    wrong = Kronecker(a.output + b.output, a.input + b.input)
+    assert (matrix(a + b) - matrix(wrong)).norm() > 0.1 * matrix(a + b).norm()
+    close(matrix(a + Identity(0.1)), matrix(a) + 0.1 * torch.eye(OUT * IN, dtype=torch.float64))  # damping
+
+
+# Solvers ---------------------------------------------------------------------------------------------------------------
+
+
+def count(request) -> int:
+    return int(request.node.callspec.id.split(", ")[-1].split()[0])
+
+
+@pytest.fixture
+def experts(request) -> int:
+    return count(request)
+
+
+@pytest.mark.parametrize(("make", "solve"), EVERY)
+class TestEverySolver:
+    def test_agrees_with_the_dense_oracle(self, make, solve, experts):
+        system, x0 = problem(make, experts), draw(OUT, IN, seed=5)
+        solution = solve(system, x0)
+        close(solution.value, oracle(system, x0), 1e-7)
+        assert solution.residual < 1e-10
+
+    def test_identical_experts_are_a_fixed_point_in_zero_iterations(self, make, solve, experts):
+        for dtype in (torch.float64, torch.float32):
+            x0 = draw(OUT, IN, seed=5).to(dtype)
+            curvatures = [make(seed).to("cpu", dtype) for seed in range(experts)]
+            solution = solve(match(curvatures, [x0] * experts, WEIGHTS[:experts]), x0)
+            assert (solution.outcome, solution.iterations, solution.residual) == (Outcome.FIXED_POINT, 0, 0.0)
+            assert torch.equal(solution.value, x0)
+
+    def test_unseen_directions_keep_the_initialization(self, make, solve, experts):
+        x0 = draw(OUT, IN, seed=5)
+        dead = problem(make, experts, dead=2)  # an input, and for K-FAC an output too, that no expert's data ever saw
+        solution = solve(dead, x0)
+        close(solution.value, oracle(dead, x0), 1e-6)
+        if make is CURVATURES["gram"] or make is CURVATURES["kronecker"]:
+            close(solution.value[:, 2], x0[:, 2], 1e-9)
+        if make is CURVATURES["kronecker"]:
+            close(solution.value[2], x0[2], 1e-9)
+
+    def test_the_scale_of_the_curvature_does_not_matter(self, make, solve, experts):
+        system, x0 = problem(make, experts), draw(OUT, IN, seed=5)
+        expected = solve(system, x0).value
+        for factor in (1e-30, 1e-12, 1e12, 1e30):
+            scaled = match([c.scaled(factor) for c in system.curvatures], system.deltas, [1.0] * experts)
+            close(solve(scaled, x0).value, expected, 1e-7)
+
+    def test_the_order_of_experts_does_not_matter(self, make, solve, experts):
+        system, x0 = problem(make, experts), draw(OUT, IN, seed=5)
+        turned = LinearSystem(system.curvatures[::-1], system.deltas[::-1])
+        close(solve(turned, x0).value, solve(system, x0).value, 1e-7)
+
+    def test_one_expert_comes_back(self, make, solve, experts):
+        system = problem(make, 1)
+        close(solve(system, draw(OUT, IN, seed=5)).value, system.deltas[0], 1e-6)
+
+    def test_started_at_the_solution_it_stays(self, make, solve, experts):
+        system = problem(make, experts)
+        solution = oracle(system, draw(OUT, IN, seed=5))
+        close(solve(system, solution).value, solution, 1e-7)
+
+    def test_non_finite_values_are_an_error(self, make, solve, experts):
+        system = problem(make, experts)
+        broken = LinearSystem(system.curvatures, (system.deltas[0] * float("nan"), *system.deltas[1:]))
+        with pytest.raises(NumericalError, match="non-finite"):
+            solve(broken, draw(OUT, IN, seed=5))
+
+
+@pytest.mark.parametrize("make", CURVATURES.values(), ids=CURVATURES)
+def test_iterates_of_one_run_are_those_of_separate_runs(make):
+    system, x0 = problem(make), draw(OUT, IN, seed=5)
+    run = conjugate_gradient(system, x0, iterations=6, iterates=(0, 2, 4, 6))
+    for steps in (2, 4, 6):
+        separate = conjugate_gradient(system, x0, iterations=steps)
+        close(run.iterates[steps], separate.value)
+        assert separate.residuals == run.residuals[: len(separate.residuals)]
+        if separate.outcome is Outcome.ITERATIONS:
+            assert separate.residuals[-1] == pytest.approx(separate.residual, rel=1e-6, abs=1e-13)
+
+
+def test_a_search_over_k_can_ask_for_no_step_at_all():
+    system, x0 = problem(CURVATURES["gram"]), draw(OUT, IN, seed=5)
+    run = conjugate_gradient(system, x0, iterations=3, iterates=(0,))
+    assert torch.equal(run.iterates[0], x0)
+    assert torch.equal(conjugate_gradient(system, x0, iterations=0).value, x0)
+
+
+def test_the_preconditioner_saves_iterations():
+    system, x0 = problem(CURVATURES["kronecker"]), draw(OUT, IN, seed=5)
+    plain, fast = (SOLVERS[name](system, x0).iterations for name in ("conjugate gradient", "preconditioned"))
+    assert fast < plain
+    assert kronecker_preconditioner(problem(CURVATURES["gram"])) is None
+
+
+def test_two_kronecker_products_are_solved_to_the_last_digit():
+    system = problem(CURVATURES["kronecker"], 2)
+    assert exact(system, torch.zeros(OUT, IN, dtype=torch.float64)).residual < 1e-12
+
+
+def test_what_is_no_curvature_is_refused():
+    negative = Gram(-psd(IN, 1))
+    system = LinearSystem((negative,), (draw(OUT, IN, seed=1),))
+    with pytest.raises(NumericalError, match=r"negative curvature .* at iteration 1"):
+        conjugate_gradient(system, draw(OUT, IN, seed=2), iterations=5)
+    with pytest.raises(ValueError, match="no closed form"):
+        exact(problem(CURVATURES["kronecker"], 3), torch.zeros(OUT, IN, dtype=torch.float64))
+    with pytest.raises(ValueError, match="one of each per expert"):
+        match([Identity()], [], [])
+    with pytest.raises(ValueError, match="different shapes"):
+        match([Identity()] * 2, [torch.ones(2), torch.ones(3)], [1, 1])
+
+
+def test_float32_on_a_nearly_singular_system_stops_at_rounding_instead_of_running_away():
+    curvatures = [
+        Kronecker(psd(32, seed, rank=2), psd(48, seed + 9, rank=3)).to("cpu", torch.float32) for seed in range(3)
+    ]
+    deltas = [draw(32, 48, seed=20 + seed).float() for seed in range(3)]
+    system = match(curvatures, deltas, [1.0] * 3)
+    x0 = sum(deltas) / 3
+    solution = conjugate_gradient(system, x0, iterations=5000)
+    reference = LinearSystem(tuple(c.to("cpu", torch.float64) for c in curvatures), tuple(d.double() for d in deltas))
+    settled = conjugate_gradient(reference, x0.double(), iterations=5000, tolerance=1e-6)
+    assert solution.residual < 1e-3
+    assert solution.value.norm() < 3 * settled.value.norm()
+
+
+# Initializations -------------------------------------------------------------------------------------------------------
+
+NAMES = ("a", "b", "c")
+KEEPING = {"average": {}, "task_arithmetic": {"scale": 1 / 3}, "ties": {"density": 1.0, "scale": 1.0}}
+"""Initializations with the options for which identical experts come back."""
+
+
+def deltas_of(shape=(6, 7)) -> list[Tensor]:
+    return [draw(*shape, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("initialize", INITIALIZATIONS.values(), ids=INITIALIZATIONS)
+class TestEveryInitialization:
+    def test_is_a_pure_function_that_keeps_shape_and_dtype(self, initialize):
+        for dtype, shape in itertools.product((torch.float32, torch.float64), ((6, 7), (5,), (2, 3, 4))):
+            deltas = [delta.to(dtype) for delta in deltas_of(shape)]
+            before = [delta.clone() for delta in deltas]
+            context = Context("key", NAMES)
+            first, second = (initialize(deltas, WEIGHTS, context) for _ in range(2))
+            assert torch.equal(first, second)
+            assert (first.shape, first.dtype) == (torch.Size(shape), dtype)
+            assert all(torch.equal(a, b) for a, b in zip(deltas, before, strict=True))
+
+    def test_does_not_depend_on_the_order_of_experts(self, initialize):
+        deltas = deltas_of()
+        expected = initialize(deltas, WEIGHTS, Context("key", NAMES))
+        for order in itertools.permutations(range(3)):
+            turned = initialize(
+                [deltas[i] for i in order], [WEIGHTS[i] for i in order], Context("key", tuple(NAMES[i] for i in order))
+            )
+            close(turned, expected, 1e-12)
+
+    def test_zero_task_vectors_stay_zero(self, initialize):
+        zero = [torch.zeros(3, 3)] * 3
+        assert not initialize(zero, WEIGHTS, Context("key", NAMES)).any()
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_identical_experts_come_back(name):
+    delta = deltas_of()[0]
+    close(INITIALIZATIONS[name]([delta] * 3, [1.0] * 3, Context("key", NAMES), **KEEPING[name]), delta, 1e-12)
+
+
+def test_the_two_tables_of_initializations_agree():
+    assert INITIALIZATIONS.keys() == INITIALIZATION_OPTIONS.keys()
+    for name, function in INITIALIZATIONS.items():
+        keywords = {
+            p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+        }
+        fields = {n: f.default for n, f in INITIALIZATION_OPTIONS[name].model_fields.items() if n != "method"}
+        assert keywords == fields
+
+
+def test_dare_draws_by_seed_expert_and_weight_and_keeps_the_mean():
+    dare, ones = INITIALIZATIONS["dare"], [torch.ones(200, 200)]
+    one = dare(ones, [1.0], Context("key", ("a",)), scale=1.0, density=0.25)
+    assert set(one.unique().tolist()) == {0.0, 4.0}
+    assert float(one.mean()) == pytest.approx(1.0, abs=0.05)
+    for other in (Context("key2", ("a",)), Context("key", ("b",)), Context("key", ("a",), seed=1)):
+        assert not torch.equal(dare(ones, [1.0], other, scale=1.0, density=0.25), one)
+    assert torch.equal(dare(ones, [1.0], Context("key", ("a",)), scale=1.0, density=1.0), ones[0])
+
+
+def test_an_expert_of_no_weight_does_not_vote_in_ties():
+    loud, quiet = torch.full((3,), -9.0), torch.full((3,), 1.0)
+    merged = INITIALIZATIONS["ties"]([loud, quiet], [0.0, 1.0], Context("key", ("a", "b")), density=1.0)
+    assert torch.equal(merged, quiet)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    density=st.floats(0.001, 1.0),
+    seed=st.integers(0, 10**6),
+    coarse=st.sampled_from(["as drawn", "bfloat16", "few values", "tiny", "zeros"]),
+)
+def test_the_streamed_threshold_is_the_exact_rank(sizes, density, seed, coarse):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(size, generator=generator) for size in sizes]
+    if coarse == "bfloat16":
+        parts = [part.bfloat16() for part in parts]
+    elif coarse == "few values":
+        parts = [part.round() for part in parts]
+    elif coarse == "tiny":
+        parts = [part * 1e-39 for part in parts]
+    elif coarse == "zeros":
+        parts = [torch.zeros_like(part) for part in parts]
+    rank = MagnitudeRank(density)
+    for part in parts:
+        rank.add(part)
+    rank.narrow()
+    for part in parts:
+        rank.add(part)
+    whole = torch.cat([part.float() for part in parts]).abs()
+    assert rank.value() == float(whole.kthvalue(kept_rank(len(whole), density)).values)
