@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from mats_hub.hub import push
     from mats_hub.loading import load
     from mats_hub.merged_model import MergedModel, merge
+    from mats_hub.methods import METHODS
     from mats_hub.plan import Plan
     from mats_hub.planning import make_plan
-    from mats_hub.recipe import METHODS, Recipe
+    from mats_hub.recipe import Recipe
     from mats_hub.statistics import Statistics, compute_statistics
 
 _HOMES = {
-    "METHODS": "recipe",
+    "METHODS": "methods",
     "MatsError": "errors",
     "MergedModel": "merged_model",
     "Plan": "plan",

@@ -14,7 +14,8 @@ import yaml
 
 from mats_hub.errors import HubError
 from mats_hub.figures import draw_figures
-from mats_hub.recipe import METHODS, RECIPE_FILE
+from mats_hub.methods import METHODS
+from mats_hub.recipe import RECIPE_FILE
 from mats_hub.report import REPORT_FILE, MergeReport
 
 CARD_FILE = "README.md"

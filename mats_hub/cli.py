@@ -9,10 +9,10 @@ from typing import Any
 
 from mats_hub import __version__
 from mats_hub.errors import MatsError
+from mats_hub.methods import METHODS
 from mats_hub.progress import progress_bar
 from mats_hub.recipe import (
     INITIALIZATION_OPTIONS,
-    METHODS,
     OPTION_OWNERS,
     PARTS,
     Curvature,

@@ -576,7 +576,7 @@ def test_load_expert_merges_an_adapter_as_peft_does(tmp_path: Path, family: str)
     if family == "bert":
         assert loaded.config.num_labels == 3
     factory(tmp_path / "other", seed=1, **({"n_embd": 24} if family == "gpt2" else {"hidden_size": 24}))
-    with pytest.raises(IncompatibleExperts, match="'.*adapter' does not fit its base"):
+    with pytest.raises(IncompatibleExperts, match=r"'.*adapter' does not fit its base"):
         load_expert(expert_of(tmp_path / "adapter"), open_source(tmp_path / "other"))
 
 

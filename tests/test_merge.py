@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mats_hub
 from mats_hub.errors import MatsError, NumericalError, OutputError, PlanError, RecipeError, SourceError
-from mats_hub.recipe import METHODS
+from mats_hub.methods import METHODS
 
 RTOL = 1e-5
 

@@ -287,6 +287,17 @@ def test_text_without_tokens_counts_nothing(cases: dict[str, Any]) -> None:
         assert_same_sums(sums, case.sums)
 
 
+def test_encoder_and_decoder_are_masked_apart_when_equally_long(cases: dict[str, Any]) -> None:
+    case = cases["t5"]
+    rows = {
+        "text": ["so it was", "they liked the very warm song then"],
+        "target": ["but we hated the very slow plot", "it"],
+    }
+    data = task_data(case.folder, case.model, datasets.Dataset.from_dict(rows))
+    both = SimpleNamespace(model=case.model, data=data)
+    assert_same_sums(measured(both, size=2), measured(both, size=1))
+
+
 def test_sentence_pairs(cases: dict[str, Any]) -> None:
     case = cases["bert"]
     rows = {"premise": tiny_texts(4, 5), "hypothesis": tiny_texts(4, 6), "label": [0, 1, 1, 0]}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import mats_hub
-from mats_hub.recipe import METHODS
+from mats_hub.methods import METHODS
 
 ROOT = Path(mats_hub.__file__).parents[1]
 PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
-    ("errors",),
+    ("errors", "methods"),
     ("recipe", "curvature", "delta", "device", "initialization", "progress"),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "checkpoint", "figures"),
@@ -27,6 +27,7 @@ FLOORS = (
     ("statistics.measure",),
     ("statistics",),
     ("plan",),
+    ("coverage",),
     ("planning", "merging", "evaluation"),
     ("card",),
     ("hub", "merged_model"),

@@ -1,0 +1,116 @@
+"""Which tensors each expert's statistics cover, and whether the statistics are the expert's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mats_hub.architecture import align, describe
+from mats_hub.errors import MatsError, StatisticsMismatch
+from mats_hub.expert import Expert
+from mats_hub.plan import Action, Plan
+from mats_hub.recipe import CURVATURE_KINDS, ExpertEntry
+from mats_hub.source import open_source
+from mats_hub.statistics.file import STATISTICS_FILE, Statistics
+
+
+def open_statistics(plan: Plan, token: str | bool | None) -> None:
+    """Find each expert's statistics, check that they belong to it, and settle method ``auto``."""
+    recipe = plan.recipe
+    wanted = recipe.curvature is not None or recipe.method == "auto"
+    for entry, expert in zip(recipe.experts, plan.experts, strict=True):
+        statistics = None
+        try:
+            statistics = _statistics_of(entry, expert, token) if wanted else None
+            if statistics:
+                statistics.check_expert(expert.name, expert.source.fingerprint, expert.source.public_spec)
+        except MatsError as error:
+            plan.problems.append(error)
+        plan.statistics.append(statistics)
+    held = [statistics for statistics in plan.statistics if statistics]
+    kinds = [kind for kind in CURVATURE_KINDS if held and all(statistics.covers(kind) for statistics in held)]
+    if recipe.method == "auto":
+        plan.recipe = recipe.resolve(kinds if len(held) == len(plan.experts) else ())
+        lacking = [e.name for e, s in zip(plan.experts, plan.statistics, strict=True) if s is None]
+        because = f"there are no statistics for {', '.join(lacking)}" if lacking else "every expert has statistics"
+        plan.notes.append(f"no method was named: {plan.recipe.method} is used, because {because}")
+        return
+    if recipe.curvature is None:
+        return
+    for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
+        if statistics is None or not statistics.covers(recipe.curvature.kind):
+            has = f"statistics of kind {', '.join(statistics.provenance.kinds)} only" if statistics else "no statistics"
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r} has {has}, and method {recipe.method!r} needs kind {recipe.curvature.kind!r}. "
+                    f"Measure them with 'mats-hub statistics {expert.source.spec} --kind {recipe.curvature.kind} --dataset …', "
+                    "or take a method that needs none (ties, task_arithmetic)"
+                )
+            )
+
+
+def _statistics_of(entry: ExpertEntry, expert: Expert, token: str | bool | None) -> Statistics | None:
+    if entry.statistics is None:
+        here = STATISTICS_FILE in expert.source.sizes
+        return Statistics.load(expert.source.path(STATISTICS_FILE)) if here else None
+    path = Path(entry.statistics).expanduser()
+    if path.is_file() or path.suffix == ".safetensors":
+        return Statistics.load(path)
+    return Statistics.load(open_source(entry.statistics, token).path(STATISTICS_FILE))
+
+
+def coverage_of(plan: Plan) -> list[dict[str, str]]:
+    """Return for each expert: reference tensor → its parameter's name in the statistics."""
+    if plan.recipe.curvature is None:
+        return [{} for _ in plan.experts]
+    kind, found = plan.recipe.curvature.kind, []
+    stored_names = describe(plan.reference.config).stored_names
+    for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
+        covered = statistics.covers(kind) if statistics else {}
+        names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
+        strangers = [name for name in covered if name not in names and name not in expert.extra]
+        if strangers and not expert.adapter:
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r}: its statistics are of {len(strangers)} parameters that neither it nor "
+                    f"{plan.reference.source.spec!r} has, such as {strangers[0]!r}; they were measured on another model"
+                )
+            )
+        found.append({target: name for name, target in names.items()})
+    return found
+
+
+def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) -> tuple[Action, str, tuple[str, ...]]:
+    """Tell whether every expert's statistics cover a tensor; report those that cover it for some only, or misfit it."""
+    assert plan.recipe.curvature is not None
+    kind = plan.recipe.curvature.kind
+    if None in plan.statistics:
+        return Action.INITIALIZE, "statistics are missing", ()
+    holders = [names.get(key) for names in coverage]
+    found = [name for name in holders if name is not None]
+    if not found:
+        return Action.INITIALIZE, f"no expert's statistics have a {kind} curvature for it", ()
+    if len(found) < len(holders):
+        lacking = [e.name for e, name in zip(plan.experts, holders, strict=True) if name is None]
+        if plan.recipe.unmatched == "error":
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {lacking[0]!r} has no {kind} statistics for {key!r}, which other experts have; measure them again "
+                    f"with 'mats-hub statistics', or pass --unmatched initialize"
+                )
+            )
+        return Action.INITIALIZE, f"no statistics of {', '.join(lacking)}", ()
+    shape = plan.reference.headers[key].shape
+    for expert, statistics, name in zip(plan.experts, plan.statistics, found, strict=True):
+        assert statistics is not None
+        acts_on = statistics.covers(kind)[name]
+        stored = acts_on[::-1] if kind != "fisher" and statistics.is_transposed(name) else acts_on
+        fits = all(a in (0, b) for a, b in zip(stored, shape, strict=True)) if len(stored) == len(shape) else False
+        if not fits:
+            plan.problems.append(
+                StatisticsMismatch(
+                    f"expert {expert.name!r}: its statistics act on {stored} at {key!r}, whose shape is {shape}; "
+                    "they were measured on another model"
+                )
+            )
+    return Action.SOLVE, f"{kind} curvature of every expert", tuple(found)
