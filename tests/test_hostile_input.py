@@ -1,0 +1,133 @@
+"""Damaged and hostile files: always an error of ours that says what is wrong, never a crash and never a merge."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import family as families
+import models
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mats_hub
+from mats_hub.errors import MatsError
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    made = families.make_family(tmp_path_factory.mktemp("family"))
+    expert = Path(made.experts[0])
+    mats_hub.compute_statistics(expert, dataset=made.data("alpha"), output=expert / "statistics.safetensors")
+    models.lora_adapter(Path(made.base), made.root / "adapter", seed=3, labels=2)
+    return made
+
+
+def refused_or_merged(expert: Path, base: str, method: str) -> None:
+    """Plan and merge one expert; anything but success or an error of ours fails the test."""
+    try:
+        merged = mats_hub.merge([{"model": str(expert), "name": "it"}], base=base, method=method)
+    except MatsError as error:
+        assert str(error).strip()
+    else:
+        assert (merged.folder / "config.json").exists()
+
+
+def spoiled(family, tmp_path_factory, name: str) -> Path:
+    folder = tmp_path_factory.mktemp("spoiled") / name
+    shutil.copytree(family.root / name, folder)
+    return folder
+
+
+@QUICK
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 6), file=st.sampled_from(["model", "statistics"]))
+def test_flipped_bytes_in_a_header(family, tmp_path_factory, seed, count, file):
+    folder = spoiled(family, tmp_path_factory, "alpha")
+    path = folder / f"{file}.safetensors"
+    data = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    draw = random.Random(seed)
+    for _ in range(count):
+        data[draw.randrange(end)] = draw.randrange(256)
+    path.write_bytes(data)
+    refused_or_merged(folder, family.base, "mats" if file == "statistics" else "average")
+
+
+@QUICK
+@given(length=st.integers(0, 4000), file=st.sampled_from(["model", "statistics"]))
+def test_files_cut_anywhere(family, tmp_path_factory, length, file):
+    folder = spoiled(family, tmp_path_factory, "alpha")
+    path = folder / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(MatsError):
+        mats_hub.merge([str(folder)], base=family.base, method="mats" if file == "statistics" else "average")
+
+
+FIELDS = {
+    "config.json": ["architectures", "model_type", "id2label", "num_labels", "quantization_config", "hidden_size", "dtype"],
+    "adapter_config.json": [
+        "peft_type", "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "fan_in_fan_out", "revision",
+        "base_model_name_or_path", "task_type", "use_dora", "bias",
+    ],
+}  # fmt: skip
+
+
+@QUICK
+@given(data=st.data(), file=st.sampled_from(sorted(FIELDS)), value=JUNK)
+def test_junk_in_a_config(family, tmp_path_factory, data, file, value):
+    name = "adapter" if file == "adapter_config.json" else "alpha"
+    folder = spoiled(family, tmp_path_factory, name)
+    content = json.loads((folder / file).read_text())
+    content[data.draw(st.sampled_from(FIELDS[file]))] = value
+    (folder / file).write_text(json.dumps(content))
+    refused_or_merged(folder, family.base, "average")
+
+
+@QUICK
+@given(value=JUNK, whole=st.booleans())
+def test_junk_in_an_index(family, tmp_path_factory, value, whole):
+    folder = spoiled(family, tmp_path_factory, "alpha")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    content = value if whole else {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": value}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    refused_or_merged(folder, family.base, "average")
+
+
+@QUICK
+@given(text=st.text(max_size=60) | st.builds(json.dumps, JUNK))
+def test_junk_as_a_recipe(text):
+    with pytest.raises(MatsError):
+        mats_hub.Recipe.from_yaml(text)
+
+
+@QUICK
+@given(data=st.data(), value=JUNK)
+def test_junk_in_a_recipe(data, value):
+    content = mats_hub.Recipe.build(["a", "b"], method="mats", initialization="ties").model_dump(mode="json")
+    part = data.draw(st.sampled_from([content, content["initialization"], content["solver"], content["experts"][0]]))
+    part[data.draw(st.sampled_from(sorted(part)))] = value
+    try:
+        recipe = mats_hub.Recipe.from_mapping(content)
+    except MatsError as error:
+        assert str(error).strip()
+    else:
+        assert mats_hub.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@QUICK
+@given(value=JUNK)
+def test_junk_in_a_report(tmp_path_factory, value):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "mats_report.json").write_text(json.dumps(value))
+    with pytest.raises(MatsError):
+        mats_hub.MergedModel.open(folder)
