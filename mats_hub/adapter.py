@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from mats_hub.checkpoint import Checkpoint
+from mats_hub.checkpoint import Checkpoint, check_fields
 from mats_hub.delta import LowRankDelta
 from mats_hub.errors import CheckpointError
 from mats_hub.source import Source
@@ -35,6 +34,20 @@ REFUSED_OPTIONS = {
     "monteclora_config": "its factors are random variables",
 }
 """LoRA variants whose effect is not scale · B A, and why."""
+
+
+OPTION_FIELDS: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "task_type": (str,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "lora_alpha": (int, float),
+    "alpha_pattern": (dict,),
+    "use_rslora": (bool,),
+    "fan_in_fan_out": (bool,),
+    "target_parameters": (list,),
+}
+"""The fields of an adapter_config.json that are read here, and what they may hold beside null."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class LoraAdapter:
     def __init__(self, source: Source) -> None:
         self.checkpoint = Checkpoint(source)
         self.options = source.json("adapter_config.json")
+        check_fields(self.options, OPTION_FIELDS, f"{source.spec!r}: adapter_config.json")
         self._refuse_variants()
         self.factors: dict[str, Factors] = {}
         self.saved: dict[str, str] = {}
@@ -145,7 +159,13 @@ class LoraAdapter:
 
     def _scale(self, module: str, rank: int) -> float:
         """Return alpha / r, or alpha / √r for rsLoRA, with PEFT's rule for patterns of module names."""
-        patterns: dict[str, Any] = self.options.get("alpha_pattern") or {}
-        matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = next(matching, self.options.get("lora_alpha", 8))
+        alpha = self.options.get("lora_alpha") or 8
+        for pattern, value in (self.options.get("alpha_pattern") or {}).items():
+            try:
+                found = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error:
+                found = None
+            if found and isinstance(value, int | float):
+                alpha = value
+                break
         return float(alpha) / (rank**0.5 if self.options.get("use_rslora") else rank)

@@ -30,6 +30,34 @@ TORCH_DTYPES = {
 }
 
 
+CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
+    "architectures": (list,),
+    "model_type": (str,),
+    "id2label": (dict,),
+    "num_labels": (int,),
+    "tie_word_embeddings": (bool,),
+    "quantization_config": (dict,),
+}
+"""The fields of a config.json that are read here, and what they may hold beside null."""
+
+
+def check_fields(content: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]], label: str) -> None:
+    """Check the types of a JSON object's fields; absent ones and null are fine, and a list must be of texts.
+
+    Raises:
+        CheckpointError: a field holds something else.
+
+    """
+    for name, kinds in fields.items():
+        value = content.get(name)
+        fits = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
+        if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(
+                f"{label}: field {name!r} is {str(value)[:60]!r}, not a {wanted}; fetch the file again"
+            )
+
+
 class Checkpoint:
     """The weights of a source, from one safetensors file or several; a tensor is read when it is asked for.
 
@@ -46,6 +74,7 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.config: dict[str, Any] = source.json("config.json")
+        check_fields(self.config, CONFIG_FIELDS, f"{source.spec!r}: config.json")
         if self.config.get("quantization_config"):
             method = self.config["quantization_config"].get("quant_method", "an unnamed method")
             raise CheckpointError(

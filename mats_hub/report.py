@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mats_hub.errors import CheckpointError
+
 REPORT_FILE = "mats_report.json"
 
 
@@ -80,9 +82,17 @@ class MergeReport:
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> MergeReport:
-        """Return the report in a mapping read from JSON."""
+        """Return the report in a mapping read from JSON.
+
+        Raises:
+            CheckpointError: it is none.
+
+        """
         records = []
-        for record in content["tensors"]:
-            tuples = {name: tuple(record[name]) for name in ("residuals", "expert_norms")}
-            records.append(TensorRecord(**{**record, **tuples}))
-        return cls(**{**content, "tensors": records})
+        try:
+            for record in content["tensors"]:
+                tuples = {name: tuple(record[name]) for name in ("residuals", "expert_norms")}
+                records.append(TensorRecord(**{**record, **tuples}))
+            return cls(**{**content, "tensors": records})
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{REPORT_FILE} is no report of a merge by this package; fetch it again") from None

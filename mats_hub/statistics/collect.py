@@ -98,7 +98,7 @@ class _GramHooks:
         self._last: tuple[Tensor | None, str] = (None, "")
         self._handles = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._on_input(name)))
+            self._handles.append(module.register_forward_pre_hook(self._on_input(name), with_kwargs=True))
             if gradients:
                 self._handles.append(module.register_forward_hook(self._on_output(name)))
 
@@ -107,8 +107,8 @@ class _GramHooks:
             handle.remove()
 
     def _on_input(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            x = inputs[0]
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            x = inputs[0] if inputs else next(iter(named.values()))
             rows = self._unmasked(x)
             self._sums.tokens[name] = self._sums.tokens.get(name, 0) + len(rows)
             # The last distinct input is kept alive, so its address cannot be taken by another tensor meanwhile.
@@ -118,7 +118,7 @@ class _GramHooks:
                 self._last = (x, name)
             self._add_input(name, leader, rows)
             if self._gradients and not x.requires_grad:
-                return (x.detach().requires_grad_(), *inputs[1:])
+                return (x.detach().requires_grad_(), *inputs[1:]), {} if not inputs else named
             return None
 
         return hook
