@@ -73,7 +73,11 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         "datasets": list(dict.fromkeys(datasets)),
         "tags": list(dict.fromkeys(["merge", "mats", "mats_hub", report.recipe["method"]])),
     }
-    if not parents:
+    if report.recipe["output"]["format"] == "adapter":
+        base = report.base and report.base["repo_id"]
+        content.update(library_name="peft", base_model=base, base_model_relation="adapter" if base else None)
+        content["tags"].insert(0, "lora")
+    elif not parents:
         del content["base_model_relation"]
     content["model-index"] = _model_index(report, repo_id)
     return {key: value for key, value in content.items() if value}
@@ -179,6 +183,12 @@ def _usage(report: MergeReport, place: str) -> str:
         tasks = ", ".join(repr(expert["name"]) for expert in report.experts)
         return f"import mats_hub\n\nmodel = mats_hub.load({place!r}, task={first['name']!r})  # one of: {tasks}"
     name = first["class"]
+    if report.recipe["output"]["format"] == "adapter":
+        base = (report.base and report.base["repo_id"]) or "path/to/the/base"
+        return (
+            f"from peft import PeftModel\nfrom transformers import {name}\n\n"
+            f"base = {name}.from_pretrained({base!r})\nmodel = PeftModel.from_pretrained(base, {place!r})"
+        )
     return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place!r})"
 
 
@@ -202,7 +212,16 @@ def _counts_text(report: MergeReport) -> str:
     }
     counts = Counter(record.action for record in report.tensors)
     parts = [f"{counts[action]} {text}" for action, text in words.items() if counts[action]]
-    return f"Of {len(report.tensors)} tensors: {'; '.join(parts)}"
+    text = f"Of {len(report.tensors)} tensors: {'; '.join(parts)}"
+    cuts = [record for record in report.tensors if record.rank is not None]
+    if cuts:
+        worst = max(cuts, key=lambda record: record.truncation or 0)
+        text += f". Written as a LoRA adapter of rank {max(record.rank or 0 for record in cuts)}"
+        if worst.truncation:
+            text += f", which cuts off at most {worst.truncation:.2g} of a task vector's norm (`{worst.key}`)"
+        else:
+            text += ", exactly"
+    return text
 
 
 def _statistics_rows(report: MergeReport) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mats_hub.architecture import describe
 from mats_hub.checkpoint import Checkpoint
-from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError
+from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
 from mats_hub.expert import Expert
 from mats_hub.source import Source, open_source
 
@@ -32,9 +32,7 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         IncompatibleExperts: an adapter's tensors do not fit the base.
 
     """
-    import torch
-
-    model_dtype = getattr(torch, dtype)
+    model_dtype = _torch_dtype(dtype)
     if expert.adapter is None:
         model = _model_class(expert.auto_class)
         return _from_pretrained(model, expert.source, model_dtype).to(device).eval()
@@ -49,16 +47,22 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
 
 
 def load(
-    model: str | Path, task: str | None = None, dtype: str = "auto", device: str = "cpu", token: str | None = None
+    model: str | Path,
+    task: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    token: str | None = None,
+    base: str | Path | None = None,
 ) -> Any:
     """Return a merged model as a transformers object, with the head and the labels of one of its tasks.
 
     Args:
-        model: a folder or Hub id of a merged model, or of an expert (an adapter is merged into its base).
+        model: a folder or Hub id of a merged model, or of an expert; an adapter is merged into its base.
         task: one of the tasks it was merged from; needed only when heads are kept per task.
-        dtype: what to load the weights in; ``auto`` takes the stored one.
+        dtype: what to load the weights in; ``auto`` takes the stored one (of an adapter's base: float32).
         device: where to put it.
         token: Hub token; the one stored on this machine otherwise.
+        base: an adapter's base, when it is not the one it names.
 
     Returns:
         A transformers model in eval mode.
@@ -68,27 +72,32 @@ def load(
         CheckpointError: body and head together do not fill the model.
 
     """
+    source = open_source(model, token)
+    adapter = Expert(source, source.name) if "adapter_config.json" in source.sizes else None
+    dtype = "float32" if adapter and dtype == "auto" else dtype
+    if task is not None:
+        return _load_task(source, task, adapter, base, dtype).to(device).eval()
+    if adapter:
+        return load_expert(adapter, open_source(base, token) if base else None, dtype, device)
+    name = (source.json(CONFIG_FILE).get("architectures") or ["AutoModel"])[0]
+    return _from_pretrained(_model_class(name), source, _torch_dtype(dtype)).to(device).eval()
+
+
+def _load_task(source: Source, task: str, adapter: Expert | None, base: str | Path | None, dtype: str) -> Any:
+    """Return the body (of a merged adapter: the base with it merged in) with a task's head and labels."""
     from safetensors.torch import load_file
 
-    source = open_source(model, token)
-    if "adapter_config.json" in source.sizes:
-        return load_expert(Expert(source, source.name), None, "float32" if dtype == "auto" else dtype, device)
     tasks = task_names(source)
-    model_dtype = dtype if dtype == "auto" else getattr(__import__("torch"), dtype)
-    if task is None:
-        name = (source.json(CONFIG_FILE).get("architectures") or ["AutoModel"])[0]
-        return _from_pretrained(_model_class(name), source, model_dtype).to(device).eval()
     if task not in tasks:
-        from mats_hub.errors import unknown
-
         raise SourceError(f"{source.spec!r}: {unknown('task', task, tasks) if tasks else 'it has no tasks of its own'}")
     folder = f"{TASKS_FOLDER}/{task}"
     content = source.json(f"{folder}/{CONFIG_FILE}")
     config = _config(content)
+    body = open_source(base or adapter.adapter.base, source.token) if adapter and adapter.adapter else source
+    model_class = _model_class((config.architectures or ["AutoModel"])[0])
     with quiet():
-        built, info = _from_pretrained(
-            _model_class((config.architectures or ["AutoModel"])[0]), source, model_dtype, config=config, info=True
-        )
+        built, info = _from_pretrained(model_class, body, _torch_dtype(dtype), config=config, info=True)
+        built = _with_adapter(built, adapter) if adapter else built
     head_file = f"{folder}/{HEAD_FILE}"
     stored = load_file(source.path(head_file)) if head_file in source.sizes else {}
     in_model = {other: name for name, other in describe(content).stored_names.items()}
@@ -100,7 +109,13 @@ def load(
             f"{source.spec!r}, task {task!r}: body and head do not fill the model; missing {missing[:5]}, "
             f"not in the model {result.unexpected_keys[:5]}. The repository is incomplete"
         )
-    return built.to(device).eval()
+    return built
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
 
 
 def task_names(source: Source) -> list[str]:

@@ -77,9 +77,11 @@ class MergedModel:
             )
         return cls(source.folder, MergeReport.from_mapping(source.json(REPORT_FILE)))
 
-    def load(self, task: str | None = None, dtype: str = "auto", device: str = "cpu") -> Any:
+    def load(
+        self, task: str | None = None, dtype: str = "auto", device: str = "cpu", base: str | Path | None = None
+    ) -> Any:
         """Return the model as a transformers object; see `mats_hub.load`."""
-        return load(self.folder, task, dtype, device)
+        return load(self.folder, task, dtype, device, base=base)
 
     def save(self, folder: str | Path) -> Path:
         """Copy the merged model to a folder that does not exist or is empty; it appears complete or not at all.
@@ -211,12 +213,16 @@ def staged(target: Path) -> Iterator[Path]:
 
 def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None) -> MergeReport:
     """Write weights, heads, configs, companions, recipe, report and card."""
+    from mats_hub.adapter_merging import merge_adapters
     from mats_hub.merging import merge_tensors
 
     recipe_text = plan.recipe.to_yaml()
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()
-    records = merge_tensors(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
-    _write_config(plan, folder)
+    as_adapter = plan.recipe.output.format == "adapter"
+    write = merge_adapters if as_adapter else merge_tensors
+    records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
+    if not as_adapter:  # a config.json beside an adapter would make it look like a model
+        _write_config(plan, folder)
     for expert in plan.experts:
         _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
     notes = [*plan.notes, *_copy_companions(plan, folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,13 @@ def merge_tensors(
     """
     entries = {entry.key: entry for entry in plan.entries}
     show = progress or silent
-    context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
-    if isinstance(plan.recipe.initialization, Ties) and plan.recipe.initialization.trim == "global":
-        context = Context(context.key, context.experts, context.seed, _thresholds(plan, device, show))
+    context = make_context(plan, device, show)
     records = []
     with CheckpointWriter(folder, plan.written, parse_size(plan.recipe.output.max_shard_size), metadata) as writer:
         for key in show(writer.order, len(writer.order), f"merging ({plan.recipe.method})"):
             entry = entries.pop(key)
             tensor, record = _merge_entry(plan, entry, context, device)
-            _check_cast(tensor, plan.written[key].dtype, key)
+            check_cast(tensor, plan.written[key].dtype, key)
             writer.write(key, tensor)
             records.append(record)
     return records + [TensorRecord(e.key, e.action, e.reason) for e in entries.values()]
@@ -56,18 +55,35 @@ def merge_tensors(
 
 def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.device) -> tuple[Tensor, TensorRecord]:
     if entry.action not in (Action.SOLVE, Action.INITIALIZE):
-        return plan.reference.tensor(entry.key), TensorRecord(entry.key, entry.action, entry.reason)
-    origin, deltas = _deltas(plan, entry.key, device)
+        copied = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
+        return copied, TensorRecord(entry.key, entry.action, entry.reason)
+    origin, deltas = deltas_at(plan, entry.key, device)
+    merged, record = merge_deltas(plan, entry, deltas, context)
+    return origin + merged, record
+
+
+def merge_deltas(
+    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, oriented: bool = False
+) -> tuple[Tensor, TensorRecord]:
+    """Return the merged task vector of one tensor and its record.
+
+    Args:
+        plan: the merge.
+        entry: the tensor.
+        deltas: the experts' task vectors, in the stored shape, or with `oriented` in ``[out, in]``.
+        context: the merge's context.
+        oriented: whether `deltas` are ``[out, in]`` already.
+
+    """
     weights = [expert.weight for expert in plan.experts]
-    start = _initialize(plan)(deltas, weights, Context(entry.key, context.experts, context.seed, context.thresholds))
+    start = _initialize(plan)(deltas, weights, replace(context, key=entry.key))
     norms: dict[str, Any] = {
         "initialization_norm": _norm(start),
         "expert_norms": tuple(_norm(delta) for delta in deltas),
     }
     if entry.action is Action.INITIALIZE:
-        record = TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms)
-        return origin + start, record
-    solution = _solve_entry(plan, entry, deltas, weights, start)
+        return start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms)
+    solution = _solve_entry(plan, entry, deltas, weights, start, oriented)
     record = TensorRecord(
         entry.key,
         entry.action,
@@ -80,10 +96,12 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
         step_norm=_norm(solution.value - start),
         **norms,
     )
-    return origin + solution.value, record
+    return solution.value, record
 
 
-def _solve_entry(plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[float], start: Tensor) -> Solution:
+def _solve_entry(
+    plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[float], start: Tensor, oriented: bool
+) -> Solution:
     options, solver = plan.recipe.curvature, plan.recipe.solver
     assert options is not None
     assert solver is not None
@@ -92,7 +110,7 @@ def _solve_entry(plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[f
     for statistics, parameter in zip(plan.statistics, entry.parameters, strict=True):
         assert statistics is not None
         curvatures.append(statistics.curvature(parameter, options, start.device))
-        transposed = options.kind != "fisher" and statistics.is_transposed(parameter)
+        transposed = not oriented and options.kind != "fisher" and statistics.is_transposed(parameter)
     if transposed:  # Conv1D stores [in, out]; the mathematics is in [out, in]
         deltas, start = [delta.T for delta in deltas], start.T
     try:
@@ -101,9 +119,7 @@ def _solve_entry(plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[f
         raise NumericalError(
             f"tensor {entry.key!r}: {error}. Measure the experts' statistics again, or take it out of the match with exclude"
         ) from None
-    if not transposed:
-        return solution
-    return Solution(solution.value.T, solution.outcome, solution.iterations, solution.residuals, solution.residual)
+    return replace(solution, value=solution.value.T) if transposed else solution
 
 
 def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
@@ -116,23 +132,38 @@ def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
     )
 
 
+def make_context(plan: Plan, device: torch.device, show: Progress) -> Context:
+    """Return what initializations may depend on, for TIES with the thresholds of a first reading of all task vectors."""
+    context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
+    if isinstance(plan.recipe.initialization, Ties) and plan.recipe.initialization.trim == "global":
+        return replace(context, thresholds=_thresholds(plan, device, show))
+    return context
+
+
 def _initialize(plan: Plan) -> Initialize:
     options = plan.recipe.initialization.model_dump()
     return partial(INITIALIZATIONS[options.pop("method")], **options)
 
 
-def _deltas(plan: Plan, key: str, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Return the origin (the base, or the experts' mean) and each expert's task vector from it, all float32."""
+def deltas_at(plan: Plan, key: str, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Return the origin (the base, or the experts' mean) and each expert's task vector from it, all float32.
+
+    For a merge of adapters into an adapter the origin is zero: the base's weights are not needed and not read.
+    """
     if plan.base is not None:
-        origin = _finite(plan.base.tensor(key).to(device, torch.float32), "the base", key)
+        if plan.recipe.output.format == "adapter":
+            origin = torch.zeros(plan.base.headers[key].shape, device=device)
+        else:
+            origin = check_finite(plan.base.tensor(key).to(device, torch.float32), "the base", key)
         deltas = []
         for expert in plan.experts:
             delta = expert.delta(key, origin)
             dense = torch.zeros_like(origin) if delta is None else delta.dense(device)
-            deltas.append(_finite(dense, f"expert {expert.name!r}", key))
+            deltas.append(check_finite(dense, f"expert {expert.name!r}", key))
         return origin, deltas
     values = [
-        _finite(e.whole_tensor(e.names[key]).to(device, torch.float32), f"expert {e.name!r}", key) for e in plan.experts
+        check_finite(e.whole_tensor(e.names[key]).to(device, torch.float32), f"expert {e.name!r}", key)
+        for e in plan.experts
     ]
     origin = torch.stack(values).mean(0) if len(values) > 1 else values[0]
     return origin, [value - origin for value in values]
@@ -145,7 +176,7 @@ def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float
     ranks = [MagnitudeRank(plan.recipe.initialization.density) for _ in plan.experts]
     for number in (1, 2):
         for key in show(keys, len(keys), f"magnitudes, pass {number} of 2"):
-            _, deltas = _deltas(plan, key, device)
+            _, deltas = deltas_at(plan, key, device)
             for expert, rank, delta in zip(plan.experts, ranks, deltas, strict=True):
                 if expert.holds(key):  # what an adapter does not touch is no part of its task vector
                     rank.add(delta)
@@ -155,7 +186,8 @@ def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float
     return tuple(rank.value() for rank in ranks)
 
 
-def _finite(tensor: Tensor, owner: str, key: str) -> Tensor:
+def check_finite(tensor: Tensor, owner: str, key: str) -> Tensor:
+    """Return the tensor, or raise `NumericalError` naming its owner when a value is not finite."""
     if not torch.isfinite(tensor).all():
         raise NumericalError(
             f"{owner} has a NaN or infinite value in tensor {key!r}; its training diverged or the file is damaged. "
@@ -164,7 +196,8 @@ def _finite(tensor: Tensor, owner: str, key: str) -> Tensor:
     return tensor
 
 
-def _check_cast(tensor: Tensor, dtype: str, key: str) -> None:
+def check_cast(tensor: Tensor, dtype: str, key: str) -> None:
+    """Raise `NumericalError` when the tensor does not stay finite in the dtype it is written in."""
     if tensor.is_floating_point() and not torch.isfinite(tensor.to(TORCH_DTYPES[dtype])).all():
         raise NumericalError(
             f"tensor {key!r} does not stay finite when it is written as {dtype} (largest magnitude "

@@ -95,7 +95,7 @@ class Plan:
     def bytes_to_fetch(self) -> int:
         """Bytes that the merge downloads: weight files that are not on this machine yet."""
         sources = [expert.source for expert in self.experts]
-        sources += [self.base.source] if self.base else []
+        sources += [self.base.source] if self.base and self.recipe.output.format == "full" else []
         return sum(missing_bytes(source) for source in sources)
 
     @property
@@ -105,6 +105,10 @@ class Plan:
         for expert in self.experts:
             for own in self.kept.get(expert.name, ()):
                 heads += expert.checkpoint.headers[expert.whole[own]].nbytes
+        if self.recipe.output.format == "adapter":
+            return heads + sum(
+                expert.source.sizes[name] for expert in self.experts for name in expert.source.weight_files
+            )
         return sum(header.nbytes for header in self.written.values()) + heads
 
     @property
@@ -116,7 +120,7 @@ class Plan:
         n, count = entry.header.numel, len(self.experts)
         if entry.action not in (Action.SOLVE, Action.INITIALIZE):
             return 2 * entry.header.nbytes
-        tensors = 4 * n * (2 * count + 4)
+        tensors = 4 * n * (3 * count + 4)
         if entry.action is not Action.SOLVE or self.recipe.curvature is None or self.recipe.solver is None:
             return tensors
         tensors += 4 * n * 8

@@ -193,6 +193,13 @@ def _check_method(plan: Plan) -> None:
                     f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most); use solver 'cg'"
                 )
             )
+    full = [expert for expert in plan.experts if not expert.adapter]
+    if recipe.output.format == "adapter" and full:
+        plan.problems.append(
+            RecipeError(
+                f"output format 'adapter' merges LoRA adapters, but {full[0].source.spec!r} is a full checkpoint; use 'full'"
+            )
+        )
     try:
         parse_size(recipe.output.max_shard_size)
     except ValueError:
@@ -218,6 +225,8 @@ def _fill_entries(plan: Plan) -> None:
                 if expert.holds(key) and expert.names[key] in expert.whole:
                     plan.kept[expert.name].append(expert.names[key])
         plan.entries.append(Entry(key, action, reason, header, parameters))
+        if recipe.output.format == "adapter" and action in (Action.SOLVE, Action.INITIALIZE):
+            _check_factors(plan, key)
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(
@@ -227,6 +236,23 @@ def _fill_entries(plan: Plan) -> None:
                 "which takes it from the base, or keep it per expert with keep_per_task (--keep-per-task 'PATTERN')"
             )
         )
+
+
+def _check_factors(plan: Plan, key: str) -> None:
+    """Refuse to write as factors what an adapter holds whole, or as an embedding."""
+    for expert in plan.experts:
+        own = expert.names.get(key)
+        if own is None or expert.adapter is None:
+            continue
+        factors = expert.adapter.factors.get(own)
+        if factors is None or ".lora_embedding_" in factors.A:
+            held = "as an embedding's factors" if factors else "whole"
+            plan.problems.append(
+                RecipeError(
+                    f"adapter {expert.name!r} holds {key!r} {held}, which output format 'adapter' cannot write; use format "
+                    "'full', or leave it out with exclude (--exclude)"
+                )
+            )
 
 
 class _HeadRule:

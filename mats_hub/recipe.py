@@ -117,6 +117,12 @@ class ExpertEntry(Part):
 class Output(Part):
     """How the merged model is written."""
 
+    format: Literal["full", "adapter"] = Field(
+        "full", description="full checkpoint, or (from LoRA adapters alone) a LoRA adapter"
+    )
+    rank: int | None = Field(
+        None, ge=1, description="rank of a written adapter; the sum of the experts' ranks otherwise"
+    )
     dtype: Literal["stored", "float32", "float16", "bfloat16"] = Field("stored", description="dtype of merged weights")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$", description="largest shard")
 
@@ -167,6 +173,8 @@ class Recipe(Part):
             raise ValueError(
                 "preconditioner 'kronecker' belongs to curvature kind 'kfac'; use 'none', or solver method 'exact'"
             )
+        if self.output.rank is not None and self.output.format != "adapter":
+            raise ValueError("output rank belongs to output format 'adapter'; a full checkpoint has none")
         return self
 
     @classmethod
@@ -287,7 +295,7 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
     name = content.setdefault("method", "mats" if parts_given else AUTO)
     if name == AUTO and not parts_given:
         return content
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(unknown("method", name, [AUTO, *METHODS]))
     row = METHODS[name]
     for part, key in (("initialization", "method"), ("curvature", "kind"), ("solver", "method")):

@@ -29,6 +29,8 @@ class TensorRecord:
         solution_norm: Frobenius norm of the merged task vector.
         step_norm: Frobenius norm of solution minus initialization.
         expert_norms: Frobenius norms of the experts' task vectors.
+        rank: rank of the written factors, when an adapter is written.
+        truncation: relative Frobenius error of cutting the merged task vector to that rank.
 
     """
 
@@ -43,6 +45,8 @@ class TensorRecord:
     solution_norm: float | None = None
     step_norm: float | None = None
     expert_norms: tuple[float, ...] = ()
+    rank: int | None = None
+    truncation: float | None = None
 
 
 @dataclass

@@ -135,14 +135,21 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
 
     P_B = Σ Bᵢ tr(Aᵢ) / √t and P_A = Σ Aᵢ tr(Bᵢ) / √t with t = Σ tr(Bᵢ) tr(Aᵢ), each damped by `damping` times its mean
     diagonal so that a rank-deficient sum can be factored.
+
+    Raises:
+        NumericalError: a non-finite curvature, or one that is not positive semidefinite.
+
     """
     terms = [c for c in system.curvatures if isinstance(c, Kronecker)]
     if len(terms) != len(system.curvatures):
         return None
     traces = [(float(c.output.trace()), float(c.input.trace())) for c in terms]
-    total = math.sqrt(sum(b * a for b, a in traces))
-    if total == 0:
+    squared = sum(b * a for b, a in traces)
+    if not math.isfinite(squared) or squared < 0:
+        raise NumericalError("a curvature with a non-finite or negative trace: not positive semidefinite")
+    if squared == 0:
         return None
+    total = math.sqrt(squared)
     output = reduce(add, (c.output * (a / total) for c, (_, a) in zip(terms, traces, strict=True)))
     inner = reduce(add, (c.input * (b / total) for c, (b, _) in zip(terms, traces, strict=True)))
     left, right = (_damped_cholesky(matrix, damping) for matrix in (output, inner))
@@ -162,7 +169,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     spacing of the dtype of `x0`, count as unseen.
 
     Raises:
-        NumericalError: a non-finite value.
+        NumericalError: a non-finite value, or a curvature that is not positive semidefinite.
         ValueError: the system has no closed form (three or more Kronecker products, or mixed kinds).
 
     """
@@ -194,8 +201,11 @@ def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     """Return z with A z = r and no component in the null space of A."""
     operator = system.operator
     if isinstance(operator, Identity):
+        _refuse_negative(operator.scale, operator.scale)
         return r / operator.scale if operator.scale else torch.zeros_like(r)
     if isinstance(operator, Diagonal):
+        if operator.values.numel():
+            _refuse_negative(float(operator.values.min()), float(operator.values.abs().max()))
         seen = operator.values > 0
         return torch.where(seen, r / torch.where(seen, operator.values, 1), 0)
     if isinstance(operator, Gram):
@@ -223,7 +233,41 @@ def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor) -> Tensor:
     denominator = torch.outer(s, g) + torch.outer(1 - s, 1 - g)
     seen = denominator > max(r.shape) * torch.finfo(cutoff_dtype).eps
     Y = torch.where(seen, (P.T @ _wide(r) @ R) / torch.where(seen, denominator, 1), 0)
-    return P @ Y @ R.T
+    return _onto_two_ranges(first, second, P @ Y @ R.T)
+
+
+def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor) -> Tensor:
+    """Project Z onto range(B₁ ⊗ A₁) + range(B₂ ⊗ A₂), the range of the sum: what no expert saw is left out.
+
+    P and R above are not orthogonal, so zeros in Y do not do that. Along the principal vectors of the two ranges, with
+    cosines c of the B's and d of the A's, the projection falls into pairs with Gram matrix [[1, c d], [c d, 1]].
+    """
+    (Q1, Q2), (S1, S2) = (
+        [_range(matrix) for matrix in pair] for pair in ((first.output, second.output), (first.input, second.input))
+    )
+    if Q1.shape[0] == Q1.shape[1] and S1.shape[0] == S1.shape[1]:
+        return Z
+    if Q2.shape[0] == Q2.shape[1] and S2.shape[0] == S2.shape[1]:
+        return Z
+    U, c, V = torch.linalg.svd(Q1.T @ Q2)
+    W, d, X = torch.linalg.svd(S1.T @ S2)
+    Q1, Q2, S1, S2 = Q1 @ U, Q2 @ V.T, S1 @ W, S2 @ X.T
+    shape = max(Q1.shape[1], Q2.shape[1]), max(S1.shape[1], S2.shape[1])
+    a, b, cosine = Z.new_zeros(shape), Z.new_zeros(shape), Z.new_zeros(shape)
+    a[: Q1.shape[1], : S1.shape[1]] = Q1.T @ Z @ S1
+    b[: Q2.shape[1], : S2.shape[1]] = Q2.T @ Z @ S2
+    cosine[: len(c), : len(d)] = torch.outer(c, d).clamp(max=1)
+    plus = (a + b) / (1 + cosine) / 2
+    apart = 1 - cosine > max(Z.shape) * torch.finfo(Z.dtype).eps
+    minus = torch.where(apart, (a - b) / torch.where(apart, 1 - cosine, 1) / 2, 0)
+    one, two = (plus + minus)[: Q1.shape[1], : S1.shape[1]], (plus - minus)[: Q2.shape[1], : S2.shape[1]]
+    return Q1 @ one @ S1.T + Q2 @ two @ S2.T
+
+
+def _range(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis of the range of a symmetric PSD matrix, as columns."""
+    values, vectors = _eigh(matrix)
+    return vectors[:, values > len(values) * torch.finfo(matrix.dtype).eps * values[-1].clamp(min=0)]
 
 
 def _simultaneous(a: Tensor, b: Tensor, cutoff_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -245,16 +289,33 @@ def _solve_symmetric(matrix: Tensor, rhs: Tensor) -> Tensor:
     # A pivot bounds the smallest eigenvalue from above; 1e3 of margin keeps nearly singular matrices with `eigh`.
     if not failed and pivots.min() > 1e3 * cutoff * pivots.max():
         return torch.cholesky_solve(right, factor).to(rhs)
-    values, vectors = torch.linalg.eigh(wide)
+    values, vectors = _eigh(matrix)
     keep = values > cutoff * values[-1].clamp(min=0)
     basis = vectors[:, keep]
     return (basis @ ((basis.T @ right) / values[keep, None])).to(rhs)
 
 
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues, ascending, and eigenvectors of a matrix that has to be positive semidefinite."""
+    values, vectors = torch.linalg.eigh(_wide(matrix))
+    if len(values):
+        _refuse_negative(float(values[0]), float(values.abs().max()), torch.finfo(matrix.dtype).eps)
+    return values, vectors
+
+
+def _refuse_negative(smallest: float, largest: float, eps: float = 0.0) -> None:
+    """Raise `NumericalError` for an eigenvalue below −√ε times the largest, which rounding of a Gram does not explain."""
+    if smallest < -math.sqrt(eps) * largest:
+        raise NumericalError(f"negative curvature {smallest:.3g} beside {largest:.3g}: not positive semidefinite")
+
+
 def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
     wide = _wide(matrix)
     eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return torch.linalg.cholesky(wide + damping * wide.diagonal().mean() * eye).to(matrix)
+    factor, failed = torch.linalg.cholesky_ex(wide + damping * wide.diagonal().mean() * eye)
+    if failed:
+        raise NumericalError("a curvature that is non-finite or not positive semidefinite")
+    return factor.to(matrix)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ TASKS = ("task0", "task1", "task2")
 PARAMETERS = ("enc.fc1.bias", "enc.fc1.weight", "enc.fc2.weight", "enc.norm.weight")
 LINEAR = ("enc.fc1", "enc.fc2")
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
-CLOSED_FORM = 2e-6
-"""Relative Frobenius error of closed forms against float32 references."""
-CONJUGATE_GRADIENT = {"f32": {5: 2e-6, 10: 5e-4, 50: 5e-4}, "f64": dict.fromkeys((5, 10, 50), 1e-5)}
+CLOSED_FORM = {"f32": 2e-6, "f64": 1e-12}
+CONJUGATE_GRADIENT = {"f32": {5: 2e-6, 10: 5e-4, 50: 5e-4}, "f64": {5: 1e-9, 10: 1e-9, 50: 1e-5}}
+"""Relative Frobenius errors; in float64 tight enough that float32 arithmetic anywhere would be seen."""
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
@@ -71,13 +71,25 @@ def curvatures(kind: str, parameter: str, precision: str) -> list[Curvature]:
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("parameter", PARAMETERS)
-@pytest.mark.parametrize(("method", "options"), [("average", {}), ("task_arithmetic", {"scale": 0.3})])
-def test_average_and_task_arithmetic(method, options, parameter, precision):
+def test_average_and_task_arithmetic(parameter, precision):
     origin = base(parameter, precision)
     deltas = [weight - origin for weight in experts(parameter, precision)]
-    ours = origin + INITIALIZATIONS[method](deltas, [1.0] * 3, Context(), **options)
-    name = "average" if method == "average" else "task_arithmetic_0.3"
-    close(ours, SIMPLE[f"{name}/{precision}/{parameter}"], CLOSED_FORM)
+    average = origin + INITIALIZATIONS["average"](deltas, [1.0] * 3, Context())
+    arithmetic = origin + INITIALIZATIONS["task_arithmetic"](deltas, [1.0] * 3, Context(), scale=0.3)
+    close(average, SIMPLE[f"average/{precision}/{parameter}"], CLOSED_FORM[precision])
+    close(arithmetic, SIMPLE[f"task_arithmetic_0.3/{precision}/{parameter}"], CLOSED_FORM[precision])
+    # What RegMean and MaTS have no Gram for, they average.
+    unmatched = [
+        tensors[key]
+        for tensors in (SIMPLE, CG)
+        for key in tensors
+        if not parameter.removesuffix(".weight").endswith(("fc1", "fc2"))
+        and key.startswith(("regmean", "gram", "kfac"))
+        and key.endswith(f"{precision}/{parameter}")
+    ]
+    assert bool(unmatched) == (parameter in ("enc.fc1.bias", "enc.norm.weight"))
+    for theirs in unmatched:
+        close(average, theirs, CLOSED_FORM[precision])
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -89,7 +101,7 @@ def test_regmean(scale, module, precision):
     origin = sum(weights) / 3
     system = match(curvatures(f"gram_scale{scale}", parameter, precision), [w - origin for w in weights], [1.0] * 3)
     ours = origin + exact(system, torch.zeros_like(origin)).value
-    close(ours, SIMPLE[f"regmean_{scale}/{precision}/{parameter}"], CLOSED_FORM)
+    close(ours, SIMPLE[f"regmean_{scale}/{precision}/{parameter}"], CLOSED_FORM[precision])
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -107,7 +119,7 @@ def test_fisher(name, tasks, weights, parameter, precision):
     origin = sum(own) / len(own)
     fishers = [Diagonal(INPUTS[f"fisher_diag/task{task}/{parameter}"].to(origin).clamp(min=1e-8)) for task in tasks]
     ours = origin + exact(match(fishers, [w - origin for w in own], weights), torch.zeros_like(origin)).value
-    close(ours, SIMPLE[f"{name}/{precision}/{parameter}"], CLOSED_FORM)
+    close(ours, SIMPLE[f"{name}/{precision}/{parameter}"], CLOSED_FORM[precision])
 
 
 STARTS = {
@@ -143,7 +155,7 @@ def test_task_vectors_solved_to_the_end_are_the_exact_solution(kind, parameter):
     system = match(curvatures(kind, parameter, "f64"), [w - origin for w in experts(parameter, "f64")], [1.0] * 3)
     start = torch.zeros_like(origin)
     theirs = CG[f"{kind}/exact/f64/{parameter}"]
-    close(origin + conjugate_gradient(system, start, iterations=400, tolerance=1e-12).value, theirs, 1e-9)
+    close(origin + conjugate_gradient(system, start, iterations=200).value, theirs, 1e-9)
     if kind != "kfac":
         close(origin + exact(system, start).value, theirs, 1e-9)
 
@@ -170,7 +182,7 @@ def test_ties(percent):
     masks = torch.stack([vector.abs() >= threshold(vector, percent / 100) for vector in vectors])
     assert torch.equal(masks, TIES[f"random/K{percent}/trim_mask"])
     ours = ties_of(vectors, percent / 100)
-    close(ours, TIES[f"random/K{percent}/dis-mean/merged_tv"], CLOSED_FORM)
+    close(ours, TIES[f"random/K{percent}/dis-mean/merged_tv"], CLOSED_FORM["f32"])
     assert torch.equal(ours != 0, TIES[f"random/K{percent}/dis-mean/merged_tv"] != 0)
     for scale in (1.0, 0.4):
         merged = ties_of(vectors, percent / 100, scale)
@@ -178,28 +190,39 @@ def test_ties(percent):
         for parameter in sorted(PARAMETERS):
             origin = base(parameter, "f32")
             part = merged[start : start + origin.numel()].reshape(origin.shape)
-            close(origin + part, TIES[f"random/K{percent}/dis-mean/lambda{scale}/{parameter}"], CLOSED_FORM)
+            close(origin + part, TIES[f"random/K{percent}/dis-mean/lambda{scale}/{parameter}"], CLOSED_FORM["f32"])
             start += origin.numel()
 
 
-@pytest.mark.parametrize("percent", [20, 50])
-def test_ties_with_equal_magnitudes_and_cancelling_signs(percent):
-    """Where signs cancel exactly the reference asks the rest of the vector; we elect +, so only such columns may differ."""
-    vectors = TIES["edge/task_vectors"]
-    trimmed = torch.stack([torch.where(v.abs() >= threshold(v, percent / 100), v, 0) for v in vectors])
+@pytest.mark.parametrize("turned", [1, -1])
+@pytest.mark.parametrize("percent", [20, 50, 90])
+def test_ties_with_equal_magnitudes_and_cancelling_signs(percent, turned):
+    """Where signs cancel exactly the reference elects the majority of the rest of the vector; we elect + always."""
+    vectors = turned * TIES["edge/task_vectors"]
+    masks = torch.stack([v.abs() >= threshold(v, percent / 100) for v in vectors])
+    assert torch.equal(masks, TIES[f"edge/K{percent}/trim_mask"].bool())
+    trimmed = torch.where(masks, vectors, 0)
     cancelled = trimmed.sum(0) == 0
-    ours, theirs = ties_of(vectors, percent / 100), TIES[f"edge/K{percent}/dis-mean/merged_tv"]
+    assert 0 < cancelled.sum() < len(cancelled)
+    ours, theirs = ties_of(vectors, percent / 100), turned * TIES[f"edge/K{percent}/dis-mean/merged_tv"]
+    signs = TIES[f"edge/K{percent}/{'signs' if turned == 1 else 'signs_neg_majority'}"]
     assert torch.equal(ours[~cancelled], theirs[~cancelled])
-    assert (ours[cancelled] >= 0).all()
-    assert not cancelled.all()
+    assert torch.equal(ours[~cancelled].sign(), signs[~cancelled].to(ours))
+    kept = trimmed.clamp(min=0)
+    positive = kept.sum(0) / (kept > 0).sum(0).clamp(min=1)
+    assert torch.equal(ours[cancelled], positive[cancelled])
 
 
-@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_dare_drops_and_divides_by_the_density(task, parameter):
-    delta = INPUTS[f"{task}/{parameter}"] - INPUTS[f"pretrained/{parameter}"]
-    ours = rescaled(delta, DARE[f"mask/{task}/{parameter}"].bool(), 0.5)
-    close(ours, DARE[f"peft_delta/{task}/{parameter}"], CLOSED_FORM)
+def test_dare_drops_and_divides_by_the_density(parameter):
+    origin = base(parameter, "f32")
+    dropped = [
+        rescaled(weight - origin, DARE[f"mask/{task}/{parameter}"].bool(), 0.5)
+        for task, weight in zip(TASKS, experts(parameter, "f32"), strict=True)
+    ]
+    for task, ours in zip(TASKS, dropped, strict=True):
+        close(ours, DARE[f"peft_delta/{task}/{parameter}"], CLOSED_FORM["f32"])
+    close(origin + 0.3 * sum(dropped), DARE[f"dare_linear_w0.3/peft/{parameter}"], CLOSED_FORM["f32"])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -210,7 +233,7 @@ def test_grams_count_unmasked_tokens_alone(task, module):
     sums.add_rows("in", INPUTS[f"activations/{task}/{module}"][mask])
     sums.add_rows("out", INPUTS[f"output_grads/{task}/{module}"][mask])
     count = int(mask.sum())
-    close(sums.tensors["in"] / count, INPUTS[f"gram_in/{task}/{module}"], CLOSED_FORM)
-    close(sums.tensors["out"] / count, INPUTS[f"gram_out/{task}/{module}"], CLOSED_FORM)
+    close(sums.tensors["in"] / count, INPUTS[f"gram_in/{task}/{module}"], CLOSED_FORM["f32"])
+    close(sums.tensors["out"] / count, INPUTS[f"gram_out/{task}/{module}"], CLOSED_FORM["f32"])
     assert isinstance(curvatures("kfac", f"{module}.weight", "f32")[0], Kronecker)
     assert isinstance(curvatures("gram", f"{module}.weight", "f32")[0], Gram)

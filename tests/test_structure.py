@@ -29,7 +29,7 @@ FLOORS = (
     ("plan",),
     ("coverage",),
     ("planning", "merging", "evaluation"),
-    ("card",),
+    ("adapter_merging", "card"),
     ("hub", "merged_model"),
     ("demo",),
     ("cli",),

@@ -27,9 +27,10 @@ def dare(
     merged = torch.zeros_like(deltas[0])
     for delta, weight, expert in zip(deltas, weights, context.experts, strict=True):
         digest = hashlib.sha256(f"{context.seed}\0{expert}\0{context.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        keep = torch.empty(delta.shape).bernoulli_(density, generator=generator).to(delta.device, torch.bool)
-        merged.add_(rescaled(delta, keep, density), alpha=scale * weight)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        # Not `bernoulli_`: with one probability for all entries it draws other numbers on processors with MKL's path.
+        keep = torch.rand(delta.shape, generator=generator, dtype=torch.float64, device="cpu") < density
+        merged.add_(rescaled(delta, keep.to(delta.device), density), alpha=scale * weight)
     return merged
 
 

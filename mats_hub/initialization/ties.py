@@ -51,6 +51,8 @@ def kept_rank(count: int, density: float) -> int:
 
 
 def _threshold(delta: Tensor, density: float) -> float:
+    if delta.numel() == 0:
+        return 0.0
     return float(delta.abs().flatten().float().kthvalue(kept_rank(delta.numel(), density)).values)
 
 

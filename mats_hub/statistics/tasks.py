@@ -355,8 +355,8 @@ def open_task(
         return data
     data.tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
     positions = getattr(config, "max_position_embeddings", None) or 10**9
-    # RoBERTa and its kin count positions from pad_token_id + 1 on; elsewhere one or two positions are not missed.
-    reserved = (config.pad_token_id or 0) + 1 if (config.pad_token_id or 0) in (0, 1) else 0
+    # RoBERTa and its kin, whose padding is token 1, count positions from 2 on; for others two are not missed.
+    reserved = 2 if config.pad_token_id == 1 else 0
     limit = min(data.tokenizer.model_max_length, positions - reserved)
     data.max_length = max_length or (limit if limit < 10**6 else None)
     return data
