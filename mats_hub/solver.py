@@ -93,7 +93,7 @@ def conjugate_gradient(
     precondition = preconditioner or (lambda residual: residual)
     y = precondition(r)
     p, ry = y, _dot(r, y)
-    rounding, largest = 4 * torch.finfo(x.dtype).eps, 0.0
+    rounding, largest, travelled, left = 4 * torch.finfo(x.dtype).eps, 0.0, 0.0, 1.0
     outcome, step = Outcome.ITERATIONS, 0
     kept = {0: x0.clone()} if 0 in iterates else {}
     while step < iterations:
@@ -102,9 +102,10 @@ def conjugate_gradient(
         if not math.isfinite(curvature) or not math.isfinite(ry):
             raise NumericalError(f"a non-finite value at iteration {step + 1} of conjugate gradient")
         # The product A p is off by up to ε ‖A‖ ‖p‖: below that, p is a null direction and a step along it would be noise.
-        size = _dot(p, p)
+        # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
+        size = _norm(p) ** 2
         largest = max(largest, curvature / size) if size > 0 else largest
-        if ry <= 0 or abs(curvature) <= rounding * largest * size:
+        if ry <= 0 or abs(curvature) <= rounding * largest * size or left <= rounding * largest * travelled:
             outcome = Outcome.ROUNDING
             break
         if curvature < 0:
@@ -115,7 +116,9 @@ def conjugate_gradient(
         x.add_(p, alpha=alpha * start)
         r = r - alpha * Ap
         step += 1
-        residuals.append(_norm(r) * start / reference)
+        travelled += alpha * math.sqrt(size)
+        left = _norm(r)
+        residuals.append(left * start / reference)
         if step in iterates:
             kept[step] = x.clone()
         if residuals[-1] < tolerance:

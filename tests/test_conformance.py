@@ -102,11 +102,11 @@ def problem(make, experts: int = 3, **kind) -> LinearSystem:
     )
 
 
-def oracle(system: LinearSystem, x0: Tensor) -> Tensor:
+def oracle(system: LinearSystem, x0: Tensor, cutoff: float = 1e-13) -> Tensor:
     """Return x₀ plus the smallest correction that solves the normal equations, by a dense pseudo-inverse."""
     A = sum(dense(c) for c in system.curvatures)
     b = sum(dense(c) @ d.reshape(-1) for c, d in zip(system.curvatures, system.deltas, strict=True))
-    return x0 + (torch.linalg.pinv(A, hermitian=True) @ (b - A @ x0.reshape(-1))).reshape(x0.shape)
+    return x0 + (torch.linalg.pinv(A, hermitian=True, rtol=cutoff) @ (b - A @ x0.reshape(-1))).reshape(x0.shape)
 
 
 def close(a: Tensor, b: Tensor, rtol: float = RTOL) -> None:
@@ -254,11 +254,34 @@ def test_iterates_of_one_run_are_those_of_separate_runs(make):
     assert torch.equal(x0, before)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("name", ["gram", "kronecker", "dense", "sum"])
+def test_steps_past_convergence_do_not_carry_rounding_into_unseen_directions(name, rank):
+    double, x0 = problem(CURVATURES[name], 2, rank=rank), draw(OUT, IN, seed=5)
+    single = [c.to("cpu", torch.float32) for c in double.curvatures], [d.float() for d in double.deltas]
+    for curvatures, deltas, rtol in ((double.curvatures, double.deltas, 1e-7), (*single, 1e-2)):
+        system, start = LinearSystem(tuple(curvatures), tuple(deltas)), x0.to(deltas[0])
+        wide = LinearSystem(tuple(c.to("cpu", torch.float64) for c in curvatures), tuple(d.double() for d in deltas))
+        expected = oracle(wide, start.double(), 1e-13 if start.dtype == torch.float64 else 1e-6)
+        solution = conjugate_gradient(system, start, iterations=2000)
+        assert solution.outcome is Outcome.ROUNDING
+        close(solution.value.double(), expected, rtol)
+
+
 def test_a_search_over_k_can_ask_for_no_step_at_all():
     system, x0 = problem(CURVATURES["gram"]), draw(OUT, IN, seed=5)
     run = conjugate_gradient(system, x0, iterations=3, iterates=(0,))
     assert torch.equal(run.iterates[0], x0)
     assert torch.equal(conjugate_gradient(system, x0, iterations=0).value, x0)
+
+
+def test_the_residual_keeps_its_digits_beside_large_values():
+    system = problem(CURVATURES["gram"])
+    curvatures = tuple(c.to("cpu", torch.float32) for c in system.curvatures)
+    x = (1e4 + draw(OUT, IN, seed=5)).float()
+    near = LinearSystem(curvatures, tuple(x + delta.float() for delta in system.deltas))
+    expected = sum(c.matvec((d - x).double()) for c, d in zip(system.curvatures, near.deltas, strict=True))
+    close(near.residual(x).double(), expected, 1e-5)
 
 
 def test_the_preconditioner_saves_iterations():
