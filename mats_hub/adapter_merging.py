@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mats_hub.adapter import LoraAdapter
 from mats_hub.checkpoint import TORCH_DTYPES
 from mats_hub.delta import LowRankDelta
 from mats_hub.initialization import Context
@@ -59,8 +58,8 @@ def merge_adapters(
         dtype = next(pair.A.dtype for pair in pairs if pair is not None)
         wanted = plan.recipe.output.dtype
         dtype = dtype if wanted == "stored" else getattr(torch, wanted)
+        stored = next(text for text, known in TORCH_DTYPES.items() if known == dtype)
         for name, factor in (("A", A), ("B", B)):
-            stored = next(text for text, known in TORCH_DTYPES.items() if known == dtype)
             check_cast(factor, stored, entry.key)
             tensors[f"base_model.model.{module}.lora_{name}.weight"] = factor.to("cpu", dtype).contiguous()
         ranks[module] = len(A)
@@ -75,19 +74,13 @@ def _pairs(plan: Plan, key: str) -> tuple[str, list[LowRankDelta | None]]:
     module, pairs = "", []
     for expert in plan.experts:
         own = expert.names.get(key)
-        pair = _adapter(plan, expert.name).delta(own) if own else None
+        pair = expert.adapter.delta(own) if expert.adapter and own else None
         if pair is not None and own is not None:
             module = module or own.removesuffix(".weight")
             for factor in (pair.A, pair.B):
                 check_finite(factor, f"expert {expert.name!r}", key)
         pairs.append(pair)
     return module, pairs
-
-
-def _adapter(plan: Plan, name: str) -> LoraAdapter:
-    adapter = next(expert.adapter for expert in plan.experts if expert.name == name)
-    assert adapter is not None
-    return adapter
 
 
 def _merge_module(
@@ -137,7 +130,7 @@ def _cut(basis: Tensor | None, merged: Tensor, output: Output, limit: int) -> tu
 def _write_config(plan: Plan, folder: Path, ranks: dict[str, int], transposed: bool) -> None:
     """Write an adapter_config.json whose scale is one for every module: alpha equals the rank."""
     assert plan.base is not None
-    task_types = {_adapter(plan, expert.name).options.get("task_type") for expert in plan.experts}
+    task_types = {expert.adapter.options.get("task_type") for expert in plan.experts if expert.adapter}
     rank = max(ranks.values())
     patterns = {module: own for module, own in ranks.items() if own != rank}
     source = plan.base.source

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mats_hub.errors import SourceError, StatisticsError, unknown
-from mats_hub.source import Source, hub_errors
+from mats_hub.source import Source, hub_api, hub_errors
 
 IGNORED = -100
 """The label that transformers' losses leave out."""
@@ -73,7 +74,6 @@ class TaskData:
     tokenizer: Any = None
     processor: Any = None
     max_length: int | None = None
-    _lengths: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
         """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
@@ -290,8 +290,6 @@ def load_dataset(
                 return loaded, path.name, None
             repo_id, _, revision = str(name).partition("@")
             with hub_errors(str(name)):
-                from mats_hub.source import hub_api
-
                 commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
                 loaded = datasets.load_dataset(
                     repo_id, config, split=split or "validation", revision=commit, token=token
@@ -304,17 +302,16 @@ def load_dataset(
         ) from error
 
 
-class _no_progress_bars:
-    def __enter__(self) -> None:
-        import datasets
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
 
-        self._shown = datasets.utils.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *error: object) -> None:
-        import datasets
-
-        if self._shown:
+    shown = datasets.utils.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
             datasets.enable_progress_bars()
 
 
