@@ -9,6 +9,7 @@ A merge, from floor to floor:
     initialization                         where the solve starts: average, task arithmetic, TIES, DARE
     solver                                 conjugate gradient for k steps, or a closed form
     recipe, plan, merging                  what is asked for, what will happen to every tensor, the streaming loop
+    adapter_merging                        the same for adapters merged into an adapter, in factors
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
 """
 

@@ -1,13 +1,16 @@
-"""PEFT adapters: a LoRA folder read as low-rank deltas of its base."""
+"""PEFT adapters as changes of their base: LoRA as low-rank deltas, (IA)³ as vectors, others as PEFT itself merges them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
+from mats_hub.architecture import Architecture, align
 from mats_hub.checkpoint import Checkpoint, check_fields
-from mats_hub.delta import LowRankDelta
+from mats_hub.delta import Delta, DenseDelta, LowRankDelta
 from mats_hub.errors import CheckpointError
 from mats_hub.source import Source
 
@@ -21,20 +24,39 @@ TASK_CLASSES = {
 }
 """PEFT's task types and the transformers class that loads such a model."""
 
-REFUSED_OPTIONS = {
-    "use_dora": "DoRA rescales the columns of base + adapter",
-    "lora_bias": "its B has a bias",
-    "use_qalora": "QALoRA pools the inputs",
-    "use_bdlora": "its factors are block-diagonal",
+LORA_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "kasa_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "trainable_token_indices",
+)
+"""LoRA options whose effect is more than scale · B A, but which PEFT can merge into the base."""
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights (their beginnings) with which loading an adapter changes the base as well."""
+
+NOT_WEIGHTS = {
+    "PROMPT_TUNING": "it is a prompt",
+    "MULTITASK_PROMPT_TUNING": "it is a prompt",
+    "P_TUNING": "it is a prompt",
+    "PREFIX_TUNING": "it is a prefix of keys and values",
+    "CPT": "it is a prompt",
+    "LILY": "it shares factors between layers, and PEFT cannot merge it",
+    "UNILORA": "its tensors do not say which modules they change",
+    "CARTRIDGE": "it is a prefix of keys and values",
+    "ADAPTION_PROMPT": "it adds attention to a prompt",
+    "XLORA": "it routes between several adapters",
+    "POLY": "it routes between several adapters",
+    "SHADOW": "it adds a network beside the base",
     "alora_invocation_tokens": "aLoRA acts on some tokens only",
     "layer_replication": "it repeats layers of the base",
-    "kasa_config": "KaSA changes the base as well",
     "arrow_config": "Arrow routes between several adapters",
-    "velora_config": "VeLoRA stores other factors",
-    "monteclora_config": "its factors are random variables",
+    "use_qalora": "QALoRA pools the inputs of a quantized base",
 }
-"""LoRA variants whose effect is not scale · B A, and why."""
-
+"""Adapter types and LoRA options that are no change of the base's weights, and why."""
 
 OPTION_FIELDS: dict[str, tuple[type, ...]] = {
     "peft_type": (str,),
@@ -46,57 +68,37 @@ OPTION_FIELDS: dict[str, tuple[type, ...]] = {
     "use_rslora": (bool,),
     "fan_in_fan_out": (bool,),
     "target_parameters": (list,),
+    "feedforward_modules": (list, str),
 }
 """The fields of an adapter_config.json that are read here, and what they may hold beside null."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The names and the scale of one module's factors: B ``[out, r]`` and A ``[r, in]``."""
-
-    B: str
-    A: str
-    scale: float
-    transposed: bool
-    shape: tuple[int, ...]
-
-
-class LoraAdapter:
-    """A LoRA adapter: low-rank deltas of some weights, and whole tensors for others (``modules_to_save``, biases).
+class Adapter:
+    """What adapters of every type have in common.
 
     Attributes:
         checkpoint: the adapter's tensors.
         options: adapter_config.json.
-        factors: weight name in the model → its factors.
-        saved: tensor name in the model → its name in the file, for tensors stored whole.
-
-    Raises:
-        CheckpointError: not a LoRA adapter, a variant whose effect is not a low-rank delta, or a tensor that is not known.
+        saved: tensor name in the model → its name in the file, for tensors stored whole (``modules_to_save``, biases).
+        changed: names of what it changes beside `saved`, as its model calls them.
 
     """
 
-    def __init__(self, source: Source) -> None:
-        self.checkpoint = Checkpoint(source)
-        self.options = source.json("adapter_config.json")
-        check_fields(self.options, OPTION_FIELDS, f"{source.spec!r}: adapter_config.json")
-        self._refuse_variants()
-        self.factors: dict[str, Factors] = {}
+    title = ""
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        self.checkpoint, self.options = checkpoint, options
         self.saved: dict[str, str] = {}
-        pairs: dict[tuple[str, bool], dict[str, str]] = {}
-        for name in self.checkpoint.headers:
-            module = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            found = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", module)
-            if found:
-                pairs.setdefault((found[1], bool(found[2])), {})[found[3]] = name
-            elif "lora_" in module or "trainable_tokens" in module or not module.endswith((".weight", ".bias")):
-                raise CheckpointError(
-                    f"{source.spec!r}: tensor {name!r} is none that a plain LoRA adapter has; merge it into its base "
-                    "with PEFT's merge_and_unload() and use the full checkpoint"
-                )
-            else:
-                self.saved[module.replace(".modules_to_save.", ".")] = name
-        for (module, embedding), pair in pairs.items():
-            self.factors[f"{module}.weight"] = self._pair(module, embedding, pair)
+
+    @property
+    def changed(self) -> Collection[str]:
+        """Names of what it changes beside `saved`, as its model calls them."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """What it is, in words."""
+        return f"{self.title} adapter"
 
     @property
     def base(self) -> str:
@@ -105,67 +107,340 @@ class LoraAdapter:
         revision = self.options.get("revision")
         return f"{name}@{revision}" if name and revision else name
 
+    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+        """Find out what only the base's architecture tells: orientation of weights, names of bare parameters."""
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        """Return the shape of something it changes."""
+        raise NotImplementedError
+
+    def files(self, own: str) -> tuple[str, ...]:
+        """Return the names, in the file, of the tensors behind something it changes."""
+        raise NotImplementedError
+
+    def delta(self, own: str) -> Delta:
+        """Return its change, read from the file."""
+        raise NotImplementedError
+
+    def _save(self, own: str, name: str) -> None:
+        self.saved[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
+
+    def _unknown(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint.source.spec!r}: tensor {name!r} is none that a {self.title} adapter has; merge it into its "
+            "base with PEFT's merge_and_unload() and use the full checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where one weight's factors are and how they make its change.
+
+    Attributes:
+        B: name of the left factor in the file.
+        A: name of the right factor in the file.
+        scale: factor of the product.
+        shape: the weight's shape, as it is stored.
+        transposed: whether the weight is stored ``[in, out]``.
+        form: ``linear`` (of a linear module), ``parameter`` (of a matrix named by target_parameters), ``embedding``,
+            ``convolution``, or ``stacked`` (of one parameter that holds the matrices of several experts).
+
+    """
+
+    B: str
+    A: str
+    scale: float
+    shape: tuple[int, ...]
+    transposed: bool = False
+    form: str = "linear"
+
+
+class LoraAdapter(Adapter):
+    """A LoRA adapter: low-rank deltas of some weights (Hu et al. 2022, https://arxiv.org/abs/2106.09685).
+
+    Attributes:
+        factors: weight name in the model → its factors.
+
+    Raises:
+        CheckpointError: a tensor that is not known, or factors that do not belong together.
+
+    """
+
+    title = "LoRA"
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        super().__init__(checkpoint, options)
+        self.factors: dict[str, Factors] = {}
+        pairs: dict[tuple[str, bool], dict[str, str]] = {}
+        for name in checkpoint.headers:
+            module = name.removeprefix("base_model.model.")
+            found = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", module)
+            if found:
+                pairs.setdefault((found[1], bool(found[2])), {})[found[3]] = name
+            elif "lora_" in module or "trainable_tokens" in module or not module.endswith((".weight", ".bias")):
+                raise self._unknown(name)
+            else:
+                self._save(module, name)
+        self._bare: dict[str, list[dict[str, str]]] = {}
+        for (path, embedding), pair in pairs.items():
+            module = path.replace(".base_layer", "")
+            if set(pair) != {"A", "B"}:
+                raise CheckpointError(
+                    f"{checkpoint.source.spec!r}: module {module!r} has only LoRA factor {'/'.join(pair)}; fetch it again"
+                )
+            if self._targets(module):
+                self._bare.setdefault(module, []).append(pair)
+            else:
+                self.factors[f"{module}.weight"] = self._of_module(module, embedding, pair)
+        for module, held in self._bare.items():
+            # PEFT wraps a module once for each parameter: the first one's factors lie the deepest.
+            held.sort(key=lambda pair: -pair["A"].count(".base_layer"))
+            leaves = self._targets(module)
+            if leaves == ["weight"] and len(held) == 1:
+                self.factors[f"{module}.weight"] = self._matrix(held[0], f"{module}.weight", "parameter")
+
     @property
-    def rank(self) -> int:
-        """The largest rank of its factors."""
-        return max((self.checkpoint.headers[f.A].shape[0] for f in self.factors.values()), default=0)
+    def changed(self) -> Collection[str]:
+        """The weights it has factors for; bare parameters once `settle` has named them."""
+        return self.factors
 
-    def delta(self, name: str) -> LowRankDelta:
+    @property
+    def description(self) -> str:
+        """What it is, with the largest rank of its factors."""
+        return f"LoRA adapter (rank {max((self.rank(name) for name in self.factors), default=0)})"
+
+    def rank(self, own: str) -> int:
+        """Return the rank of one weight's delta."""
+        factors = self.factors[own]
+        rows = self.checkpoint.headers[factors.A].shape[0]
+        return rows // factors.shape[0] if factors.form == "stacked" else rows
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        """Return the shape of a weight it changes, as it is stored."""
+        return self.factors[own].shape
+
+    def files(self, own: str) -> tuple[str, ...]:
+        """Return the names of one weight's factors in the file."""
+        return self.factors[own].B, self.factors[own].A
+
+    def delta(self, own: str) -> LowRankDelta:
         """Return scale · B A of one weight."""
-        factors = self.factors[name]
-        tensor = self.checkpoint.tensor
-        return LowRankDelta(tensor(factors.B), tensor(factors.A), factors.scale, factors.transposed)
+        factors = self.factors[own]
+        B, A = self.checkpoint.tensor(factors.B), self.checkpoint.tensor(factors.A)
+        if factors.form == "stacked":
+            count = factors.shape[0]
+            A = A.reshape(count, -1, A.shape[-1])
+            B = B.reshape(B.shape[0], -1, count).permute(2, 0, 1)
+        if factors.form == "convolution":
+            return LowRankDelta(B.flatten(1), A.flatten(1), factors.scale, weight_shape=factors.shape)
+        return LowRankDelta(B, A, factors.scale, factors.transposed)
 
-    def orient(self, name: str, transposed: bool) -> None:
-        """Set whether a weight is stored ``[in, out]``: PEFT writes one `fan_in_fan_out` for all modules, its last one's."""
-        factors = self.factors[name]
-        if factors.transposed != transposed and ".lora_embedding_" not in factors.A:
-            self.factors[name] = replace(factors, transposed=transposed, shape=factors.shape[::-1])
+    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+        """Name bare parameters in their module's order, and turn the weights that the base stores ``[in, out]``.
 
-    def _refuse_variants(self) -> None:
-        spec = self.checkpoint.source.spec
-        kind = self.options.get("peft_type")
-        if kind != "LORA":
+        PEFT writes one `fan_in_fan_out` for all modules, the last one's.
+        """
+        for module in list(self._bare):
+            if f"{module}.weight" not in self.factors:
+                self._name_parameters(module, facts)
+        mapping = align(self.factors, reference.headers, facts.stored_names)
+        transposed = set(align(facts.transposed, reference.headers, facts.stored_names).values())
+        for name, target in mapping.items():
+            factors, turned = self.factors[name], target in transposed
+            if facts.linear and factors.form == "linear" and factors.transposed != turned:
+                self.factors[name] = replace(factors, transposed=turned, shape=factors.shape[::-1])
+
+    def _name_parameters(self, module: str, facts: Architecture) -> None:
+        wanted, held = self._targets(module), self._bare[module]
+        known = {
+            name.rpartition(".")[2]: stack
+            for name, stack in facts.stacked.items()
+            if f".{module}".endswith(f".{name.rpartition('.')[0]}") or name.rpartition(".")[0].endswith(f".{module}")
+        }
+        leaves = [leaf for leaf in known if leaf in wanted]
+        if len(leaves) != len(held):
             raise CheckpointError(
-                f"{spec!r} is a {kind or 'nameless'} adapter; LoRA adapters and full checkpoints can be merged. Merge it "
-                "into its base with PEFT's merge_and_unload() and use the full checkpoint"
+                f"{self.checkpoint.source.spec!r} changes {module}.{wanted[0]} (target_parameters), which is no weight of "
+                "experts that this version of transformers knows in its base. Merge it into its base with PEFT's "
+                "merge_and_unload() and use the full checkpoint"
             )
-        for option, reason in REFUSED_OPTIONS.items():
-            if self.options.get(option):
-                raise CheckpointError(
-                    f"{spec!r} uses {option} ({reason}), so its change is not a low-rank delta. Merge it into its base "
-                    "with PEFT's merge_and_unload() and use the full checkpoint"
-                )
-        for parameter in self.options.get("target_parameters") or ():
-            if not str(parameter).endswith(".weight"):
-                raise CheckpointError(
-                    f"{spec!r} changes the parameter {parameter!r} (target_parameters), which is no linear module's weight. "
-                    "Merge it into its base with PEFT's merge_and_unload() and use the full checkpoint"
-                )
+        for leaf, pair in zip(leaves, held, strict=True):
+            self.factors[f"{module}.{leaf}"] = self._stack(pair, f"{module}.{leaf}", *known[leaf])
 
-    def _pair(self, module: str, embedding: bool, pair: Mapping[str, str]) -> Factors:
-        spec, headers = self.checkpoint.source.spec, self.checkpoint.headers
-        if set(pair) != {"A", "B"}:
-            raise CheckpointError(f"{spec!r}: module {module!r} has only LoRA factor {'/'.join(pair)}; fetch it again")
-        a, b = headers[pair["A"]].shape, headers[pair["B"]].shape
+    def _targets(self, module: str) -> list[str]:
+        """Return the parameters of a module that `target_parameters` names."""
+        targets = self.options.get("target_parameters") or ()
+        named = [(target, target.rpartition(".")[2]) for target in targets]
+        return sorted({leaf for target, leaf in named if f".{module}.{leaf}".endswith(f".{target}")})
+
+    def _of_module(self, module: str, embedding: bool, pair: Mapping[str, str]) -> Factors:
+        a, b = (self.checkpoint.headers[pair[factor]].shape for factor in "AB")
+        if len(a) > 2 and len(b) == len(a) and a[0] == b[1] and set(b[2:]) == {1}:
+            scale = self._scale(module, a[0])
+            return Factors(pair["B"], pair["A"], scale, (b[0], *a[1:]), form="convolution")
+        factors = self._matrix(pair, module, "embedding" if embedding else "linear")
+        if embedding or self.options.get("fan_in_fan_out"):
+            return replace(factors, transposed=True, shape=factors.shape[::-1])
+        return factors
+
+    def _matrix(self, pair: Mapping[str, str], name: str, form: str) -> Factors:
+        a, b = (self.checkpoint.headers[pair[factor]].shape for factor in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise CheckpointError(
-                f"{spec!r}: module {module!r} has LoRA factors of shapes B {b} and A {a}, which are no matrix product. "
-                "Merge it into its base with PEFT's merge_and_unload() and use the full checkpoint"
-            )
-        transposed = embedding or bool(self.options.get("fan_in_fan_out"))
-        shape = (a[1], b[0]) if transposed else (b[0], a[1])
-        return Factors(pair["B"], pair["A"], self._scale(module, a[0]), transposed, shape)
+            raise self._no_product(name, a, b)
+        return Factors(pair["B"], pair["A"], self._scale(name, a[0]), (b[0], a[1]), form=form)
 
-    def _scale(self, module: str, rank: int) -> float:
-        """Return alpha / r, or alpha / √r for rsLoRA, with PEFT's rule for patterns of module names."""
+    def _stack(self, pair: Mapping[str, str], name: str, count: int, transposed: bool) -> Factors:
+        a, b = (self.checkpoint.headers[pair[factor]].shape for factor in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % count:
+            raise self._no_product(name, a, b)
+        matrix = (a[1], b[0]) if transposed else (b[0], a[1])
+        scale = self._scale(name, a[0] // count)
+        return Factors(pair["B"], pair["A"], scale, (count, *matrix), transposed, "stacked")
+
+    def _no_product(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint.source.spec!r}: {name!r} has LoRA factors of shapes B {b} and A {a}, which are no matrix "
+            "product. Merge it into its base with PEFT's merge_and_unload() and use the full checkpoint"
+        )
+
+    def _scale(self, name: str, rank: int) -> float:
+        """Return alpha / r, or alpha / √r for rsLoRA, with PEFT's rule for patterns of names."""
         alpha = self.options.get("lora_alpha") or 8
         for pattern, value in (self.options.get("alpha_pattern") or {}).items():
             try:
-                found = re.match(rf"(.*\.)?({pattern})$", module)
+                found = re.match(rf"(.*\.)?({pattern})$", name)
             except re.error:
                 found = None
             if found and isinstance(value, int | float):
                 alpha = value
                 break
         return float(alpha) / (rank**0.5 if self.options.get("use_rslora") else rank)
+
+
+class Ia3Adapter(Adapter):
+    """An (IA)³ adapter: vectors that scale the inputs or outputs of modules (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
+
+    Its change of a vector is that vector minus one, for the base has ones.
+
+    Attributes:
+        vectors: ``{module}.ia3_l`` in the model → its name in the file.
+
+    Raises:
+        CheckpointError: a tensor that is not known.
+
+    """
+
+    title = "(IA)³"
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        super().__init__(checkpoint, options)
+        self.vectors: dict[str, str] = {}
+        for name, header in checkpoint.headers.items():
+            module = name.removeprefix("base_model.model.")
+            if module.endswith(".ia3_l") and header.numel == max(header.shape, default=0):
+                self.vectors[module] = name
+            elif "ia3_" in module or not module.endswith((".weight", ".bias")):
+                raise self._unknown(name)
+            else:
+                self._save(module, name)
+
+    @property
+    def changed(self) -> Collection[str]:
+        """Its vectors."""
+        return self.vectors
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        """Return the shape a vector is stored in: ``[out, 1]``, or ``[1, in]`` where it scales inputs."""
+        return self.checkpoint.headers[self.vectors[own]].shape
+
+    def files(self, own: str) -> tuple[str, ...]:
+        """Return a vector's name in the file."""
+        return (self.vectors[own],)
+
+    def delta(self, own: str) -> DenseDelta:
+        """Return a vector minus one, in its stored shape."""
+        return DenseDelta(_at_least_float32(self.checkpoint.tensor(self.vectors[own])) - 1)
+
+
+class FoldedAdapter(Adapter):
+    """An adapter of any other type: PEFT merges it into its base, and what the merge changes are its deltas.
+
+    `mats_hub.loading.fold` makes them; until then only which tensors they change is known.
+
+    Attributes:
+        deltas: the changes, once they are made.
+
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        super().__init__(checkpoint, options)
+        self.title = ", ".join([str(options["peft_type"]), *(o for o in LORA_VARIANTS if options.get(o))])
+        self.deltas: Checkpoint | None = None
+        self._touched: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def changed(self) -> Collection[str]:
+        """The weights and biases of the modules it has tensors for, once `settle` has found them."""
+        return self._touched
+
+    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+        """Find the tensors it changes: those of the innermost module of the base that each of its own tensors lies in."""
+        names = {name.removeprefix("base_model.model."): name for name in self.checkpoint.headers}
+        owners = {own: _owners(own) for own in names}
+        pairs = [(f"{owner}.weight", f"{owner}.bias") for held in owners.values() for owner in held]
+        mapping = align({*names, *chain.from_iterable(pairs)}, reference.headers, facts.stored_names)
+        for own, name in names.items():
+            found = [n for owner in owners[own] for n in (f"{owner}.weight", f"{owner}.bias") if n in mapping]
+            if own in mapping or (not found and own.endswith((".weight", ".bias"))):
+                self.saved[own] = name
+            elif found:
+                module = found[0].rpartition(".")[0]
+                touched = [n for n in found if n.rpartition(".")[0] == module]
+                self._touched |= {n: reference.headers[mapping[n]].shape for n in touched}
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        """Return the shape of a tensor it changes."""
+        return self._touched[own]
+
+    def delta(self, own: str) -> DenseDelta:
+        """Return what PEFT's merge changes at one tensor."""
+        assert self.deltas is not None, "fold it first"
+        return DenseDelta(self.deltas.tensor(own))
+
+
+def _owners(name: str) -> list[str]:
+    """Return the modules that a tensor may lie in, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+
+
+def open_adapter(source: Source) -> Adapter:
+    """Return the adapter in a source.
+
+    Raises:
+        CheckpointError: no change of weights, not well formed, or a tensor that is not known.
+
+    """
+    checkpoint = Checkpoint(source)
+    options = source.json("adapter_config.json")
+    check_fields(options, OPTION_FIELDS, f"{source.spec!r}: adapter_config.json")
+    kind = options.get("peft_type")
+    if not kind:
+        raise CheckpointError(
+            f"{source.spec!r}: adapter_config.json names no peft_type; save the adapter with PEFT again"
+        )
+    for name, reason in NOT_WEIGHTS.items():
+        if name == kind or options.get(name):
+            raise CheckpointError(
+                f"{source.spec!r} is a {kind} adapter{'' if name == kind else f' with {name}'}: {reason}, not a change of the "
+                "base's weights, so it cannot be merged with others. Leave it out"
+            )
+    if kind == "IA3":
+        return Ia3Adapter(checkpoint, options)
+    init = str(options.get("init_lora_weights") or "").lower()
+    varied = any(options.get(option) for option in LORA_VARIANTS) or init.startswith(BASE_CHANGING_INITS)
+    return LoraAdapter(checkpoint, options) if kind == "LORA" and not varied else FoldedAdapter(checkpoint, options)
+
+
+def _at_least_float32(tensor: Any) -> Any:
+    return tensor if tensor.dtype.itemsize > 4 else tensor.float()

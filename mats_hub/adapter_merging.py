@@ -1,155 +1,355 @@
-"""Merging LoRA adapters into a LoRA adapter: in factors where the mathematics allows, through one dense module otherwise."""
+"""Merging adapters into an adapter: in factors where the mathematics allows, through one dense module otherwise."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mats_hub.checkpoint import TORCH_DTYPES
+from mats_hub.adapter import Factors, Ia3Adapter, LoraAdapter
+from mats_hub.checkpoint import CheckpointWriter
+from mats_hub.curvature import Gram, LowRank
 from mats_hub.delta import LowRankDelta
 from mats_hub.initialization import Context
-from mats_hub.merging import check_cast, check_finite, deltas_at, make_context, merge_deltas
-from mats_hub.plan import Action, Entry, Plan
+from mats_hub.linear_system import LinearSystem
+from mats_hub.merging import Merged, check_cast, check_finite, compute_dtype, deltas_at, make_context, merge_deltas
+from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan
 from mats_hub.progress import Progress, silent
-from mats_hub.recipe import Output
 from mats_hub.report import TensorRecord
+from mats_hub.solver import nearest_kronecker
+from mats_hub.source import DTYPE_BYTES, TensorHeader
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_STEM = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
-LINEAR_INITIALIZATIONS = ("average", "task_arithmetic")
-"""Initializations that commute with a product from the left, so that they can be taken in factors."""
+PREFIX = "base_model.model."
 
 
 def merge_adapters(
     plan: Plan, folder: Path, device: torch.device, metadata: dict[str, str], progress: Progress | None = None
 ) -> list[TensorRecord]:
-    """Write the merged adapter of a plan without problems into `folder`; the base's weights are not read.
+    """Write the merged adapter of a plan without problems into `folder`, tensor by tensor.
 
-    With a curvature that acts from the right alone (a Gram), or none, and a linear initialization, everything happens in
-    the span of the experts' B factors: with QR([s₁B₁ … sₙBₙ]) = Q [R₁ … Rₙ] the task vectors are Q (Rᵢ Aᵢ), the system and
-    conjugate gradient's steps are the same for the small right factors Rᵢ Aᵢ because Q has orthonormal columns, and the
-    result Q X is of rank Σ rᵢ without truncation. Otherwise one module at a time is merged dense and cut by its singular
-    values, the error being recorded.
+    The base's weights are not read, but for tensors that an expert holds whole. A vector of (IA)³ is merged as it is. For
+    LoRA, with QR([s₁B₁ … sₙBₙ]) = Q [R₁ … Rₙ] the task vectors are Q (Rᵢ Aᵢ). With a linear initialization and a
+    curvature that acts from the right alone (a Gram), the system and conjugate gradient's steps are the same for the small
+    coordinates Rᵢ Aᵢ, because Q has orthonormal columns, and the result Q X is of rank Σ rᵢ without truncation; where the
+    curvature comes from the task vectors themselves, or there is none, the same is done from the right, so that all is
+    computed on Σ rᵢ × Σ rᵢ matrices. K-FAC can be solved within the span of Q as well, which leaves out what lies outside
+    and records it. Otherwise one module at a time is merged dense. A result of too high a rank is cut, in the norm of the
+    curvature where there is one, and the error is recorded.
 
     Returns:
-        One record per tensor of the base.
+        One record per tensor of the base (or vector).
 
     Raises:
         NumericalError: a non-finite value in a factor or in the result, naming the tensor.
 
     """
-    from safetensors.torch import save_file
-
     show = progress or silent
     context = make_context(plan, device, show)
-    merged = [entry for entry in plan.entries if entry.action in (Action.SOLVE, Action.INITIALIZE)]
+    parts = _parts(plan)
+    owner = {name: part for part in parts for name in part.headers}
     records = {entry.key: TensorRecord(entry.key, entry.action, entry.reason) for entry in plan.entries}
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    transposed = False
-    for entry in show(merged, len(merged), f"merging ({plan.recipe.method})"):
-        module, pairs = _pairs(plan, entry.key)
-        B, A, records[entry.key] = _merge_module(plan, entry, pairs, context, device)
-        dtype = next(pair.A.dtype for pair in pairs if pair is not None)
-        wanted = plan.recipe.output.dtype
-        dtype = dtype if wanted == "stored" else getattr(torch, wanted)
-        stored = next(text for text, known in TORCH_DTYPES.items() if known == dtype)
-        for name, factor in (("A", A), ("B", B)):
-            check_cast(factor, stored, entry.key)
-            tensors[f"base_model.model.{module}.lora_{name}.weight"] = factor.to("cpu", dtype).contiguous()
-        ranks[module] = len(A)
-        transposed |= any(pair.transposed for pair in pairs if pair is not None)
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt", **metadata})
-    _write_config(plan, folder, ranks, transposed)
+    ready: dict[str, Tensor] = {}
+    layout = {name: header for part in parts for name, header in part.headers.items()}
+    with CheckpointWriter(folder, layout, math.inf, metadata, ADAPTER_STEM) as writer:
+        for name in show(writer.order, len(writer.order), f"merging ({plan.recipe.method})"):
+            if name not in ready:
+                part = owner[name]
+                tensors, records[part.entry.key] = _merge_part(plan, part, context, device)
+                ready |= zip(part.headers, tensors, strict=True)
+            tensor = check_finite(ready.pop(name), "the merged adapter", name)
+            check_cast(tensor, layout[name].dtype, name)
+            writer.write(name, tensor)
+    _write_config(plan, folder, parts)
     return list(records.values())
 
 
-def _pairs(plan: Plan, key: str) -> tuple[str, list[LowRankDelta | None]]:
-    """Return the module's name in the adapters, and each expert's factors (None where it changes nothing)."""
-    module, pairs = "", []
-    for expert in plan.experts:
-        own = expert.names.get(key)
-        pair = expert.adapter.delta(own) if expert.adapter and own else None
-        if pair is not None and own is not None:
-            module = module or own.removesuffix(".weight")
-            for factor in (pair.A, pair.B):
-                check_finite(factor, f"expert {expert.name!r}", key)
-        pairs.append(pair)
-    return module, pairs
+@dataclass(frozen=True)
+class _Part:
+    """One merged tensor of the reference in the merged adapter.
+
+    Attributes:
+        entry: the tensor.
+        own: its name in the adapter's model.
+        headers: the tensors it is written as, in the order B, A for factors.
+        factors: for factors, those of the first expert that has some: how they are stored.
+        rank: of the written factors; 0 where the tensor is written whole.
+
+    """
+
+    entry: Entry
+    own: str
+    headers: dict[str, TensorHeader]
+    factors: Factors | None = None
+    rank: int = 0
+
+    @property
+    def module(self) -> str:
+        return self.own.rpartition(".")[0]
 
 
-def _merge_module(
-    plan: Plan, entry: Entry, pairs: list[LowRankDelta | None], context: Context, device: torch.device
-) -> tuple[Tensor, Tensor, TensorRecord]:
-    """Return B ``[out, r]``, A ``[r, in]`` and the record of one module."""
-    curvature, output = plan.recipe.curvature, plan.recipe.output
-    right_acting = entry.action is Action.INITIALIZE or (curvature is not None and curvature.kind == "gram")
-    total = sum(pair.A.shape[0] for pair in pairs if pair is not None)
-    if right_acting and plan.recipe.initialization.method in LINEAR_INITIALIZATIONS:
-        basis, coordinates = _in_span(pairs, device)
-        merged, record = merge_deltas(plan, entry, coordinates, context, oriented=True)
-        limit = len(merged)
-    else:
-        _, deltas = deltas_at(plan, entry.key, device)
-        merged, record = merge_deltas(plan, entry, deltas, context)
-        merged = merged.T if any(pair.transposed for pair in pairs if pair is not None) else merged
-        basis, limit = None, min(total, *merged.shape)
-    check_finite(merged, "the merged adapter", entry.key)
-    B, A, error = _cut(basis, merged, output, limit)
-    return B, A, replace(record, rank=len(A), truncation=error)
+def _parts(plan: Plan) -> list[_Part]:
+    """Return what the merged adapter holds; every tensor's rank, dtype and shape are known from headers."""
+    parts: list[_Part] = []
+    for entry in reversed(plan.merged_entries):
+        holders = [(expert, expert.names[entry.key]) for expert in plan.experts if expert.holds(entry.key)]
+        own, wanted = _own_name(plan, entry.key), OUTPUT_DTYPES.get(plan.recipe.output.dtype)
+        files = [expert.checkpoint.headers[name] for expert, own in holders for name in expert.files(own)]
+        dtype = wanted or max((header.dtype for header in files), key=lambda text: DTYPE_BYTES[text])
+        held = [
+            (adapter.factors[name], adapter.rank(name))
+            for adapter, name in ((expert.adapter, name) for expert, name in holders)
+            if isinstance(adapter, LoraAdapter) and name in adapter.factors
+        ]
+        if len(held) < len(holders):
+            parts.append(_Part(entry, own, {PREFIX + own: TensorHeader(dtype, entry.header.shape, "")}))
+            continue
+        factors = min((f for f, _ in held), key=lambda f: f.form == "parameter")  # a bare weight may be a module's, too
+        rank = min(plan.recipe.output.rank or sum(r for _, r in held), *_matrix(factors))
+        deeper = sum(part.factors is not None and part.module == own.rpartition(".")[0] for part in parts)
+        names, shapes = _names(own, factors, deeper), _stored_shapes(factors, rank)
+        headers = {name: TensorHeader(dtype, shape, "") for name, shape in zip(names, shapes, strict=True)}
+        parts.append(_Part(entry, own, headers, factors, rank))
+    wrapped = {part.module for part in parts if part.factors}
+    return [_inside(part) if part.factors is None and part.module in wrapped else part for part in parts[::-1]]
 
 
-def _in_span(pairs: list[LowRankDelta | None], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Return an orthonormal basis Q of the B factors' span ``[out, k]`` and each task vector's coordinates ``[k, in]``."""
-    held = [pair for pair in pairs if pair is not None]
+def _inside(part: _Part) -> _Part:
+    """Return a bias of a module that has factors under the name it has inside PEFT's wrapper."""
+    leaf = part.own.rpartition(".")[2]
+    return replace(part, headers={f"{PREFIX}{part.module}.base_layer.{leaf}": next(iter(part.headers.values()))})
+
+
+def _own_name(plan: Plan, key: str) -> str:
+    """Return what the first expert's model calls a tensor of the reference, whether the expert holds it or not."""
+    own = next(expert.names[key] for expert in plan.experts if expert.holds(key))
+    known, name = next(iter(plan.experts[0].names.items()), (key, own))
+    if key in plan.experts[0].names:
+        return plan.experts[0].names[key]
+    if name.endswith(known):
+        return name.removesuffix(known) + key
+    return key.removeprefix(known.removesuffix(name)) if known.endswith(name) else own
+
+
+def _matrix(factors: Factors) -> tuple[int, int]:
+    """Return out and in of the matrix that the factors' product is."""
+    if factors.form == "convolution":
+        return factors.shape[0], math.prod(factors.shape[1:])
+    out, inner = factors.shape[-2:]
+    return (inner, out) if factors.transposed else (out, inner)
+
+
+def _names(own: str, factors: Factors, deeper: int) -> tuple[str, str]:
+    """Return PEFT's names of B and A; it wraps a module once for each bare parameter, the first one's the deepest."""
+    module = PREFIX + own.rpartition(".")[0] + ".base_layer" * (deeper if factors.form == "stacked" else 0)
+    kind, ending = ("embedding_", "") if factors.form == "embedding" else ("", ".weight")
+    return f"{module}.lora_{kind}B{ending}", f"{module}.lora_{kind}A{ending}"
+
+
+def _stored_shapes(factors: Factors, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    out, inner = _matrix(factors)
+    if factors.form == "convolution":
+        return (out, rank, *(1 for _ in factors.shape[2:])), (rank, *factors.shape[1:])
+    rows = rank * (factors.shape[0] if factors.form == "stacked" else 1)
+    return (out, rows), (rows, inner)
+
+
+def _merge_part(
+    plan: Plan, part: _Part, context: Context, device: torch.device
+) -> tuple[tuple[Tensor, ...], TensorRecord]:
+    """Return the tensors of one part, in the order and the shapes of its headers, and its record."""
+    entry = part.entry
+    if part.factors is None:
+        origin, deltas = deltas_at(plan, entry, device)
+        merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+        origin = origin + 1 if _is_vector(part.own) else origin
+        return (origin + merged.value,), merged.record
+    # A bare parameter's factors may stand the other way round than those of the module it belongs to.
+    turned = entry.transposed if _solves_matrices(plan, entry) else part.factors.transposed
+    left, right, merged = _merge_factors(plan, entry, turned, context, device)
+    B, A, errors = cut(merged.value, part.rank, _metric(merged.system))
+    B = B if left is None else left @ B
+    A = A if right is None else A @ right.mT
+    B, A = (B, A) if turned == part.factors.transposed else (A.mT, B.mT)
+    if part.factors.form == "stacked":
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    stored = tuple(t.reshape(h.shape) for t, h in zip((B, A), part.headers.values(), strict=True))
+    return stored, replace(merged.record, rank=part.rank, **errors)
+
+
+def _is_vector(own: str) -> bool:
+    """Tell whether a tensor is an (IA)³ vector, which starts from ones."""
+    return own.endswith(".ia3_l")
+
+
+def _solves_matrices(plan: Plan, entry: Entry) -> bool:
+    """Tell whether a tensor is solved for with a curvature that acts on ``[out, in]`` matrices."""
+    curvature = plan.recipe.curvature
+    return entry.action is Action.SOLVE and curvature is not None and curvature.kind in MATRIX_KINDS
+
+
+def _merge_factors(
+    plan: Plan, entry: Entry, turned: bool, context: Context, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Merged]:
+    """Merge one weight's factors; return bases Q, P and the merge of coordinates X.
+
+    Q X Pᵀ is the merged weight, or with `turned` its transpose; a basis is None where nothing was reduced.
+    """
+    dtype = compute_dtype(plan, device)
+    kind = plan.recipe.curvature.kind if entry.action is Action.SOLVE and plan.recipe.curvature else None
+    pairs = [_pair(plan, index, entry.key, turned) for index in range(len(plan.experts))]
+    if not plan.in_factors(entry):
+        _, deltas = deltas_at(plan, entry, device)
+        merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+        return None, None, replace(merged, value=next(pair for pair in pairs if pair).as_matrix(merged.value))
     wide = torch.float32 if device.type == "mps" else torch.float64
-    Q, R = torch.linalg.qr(torch.cat([pair.scale * pair.B.to(device, wide) for pair in held], 1))
-    blocks = iter(R.split([pair.B.shape[1] for pair in held], 1))
-    zero = torch.zeros(len(R), held[0].A.shape[1], device=device)
-    coordinates = [zero if pair is None else (next(blocks) @ pair.A.to(device, wide)).float() for pair in pairs]
-    return Q.float(), coordinates
+    factors = [(p.scale * p.B.to(device, wide), p.A.to(device, wide)) if p else None for p in pairs]
+    left, rows = _basis([f and f[0] for f in factors])
+    right = None
+    columns = [f and f[1] for f in factors]
+    if kind not in ("gram", "kfac"):  # nothing acts on the inputs but the task vectors themselves
+        right, rotated = _basis([f and f[1].mT for f in factors])
+        columns = [None if c is None else c.mT for c in rotated]
+    parts = [None if r is None or c is None else (r @ c).to(dtype) for r, c in zip(rows, columns, strict=True)]
+    zero = torch.zeros_like(next(part for part in parts if part is not None))
+    deltas = [zero if part is None else part for part in parts]
+    left = left.to(dtype)
+    merged = merge_deltas(plan, entry, deltas, context, basis=left if right is None else None)
+    return left, None if right is None else right.to(dtype), merged
 
 
-def _cut(basis: Tensor | None, merged: Tensor, output: Output, limit: int) -> tuple[Tensor, Tensor, float]:
-    """Return B, A with B A = basis · merged cut to the wanted rank, and the relative error of the cut."""
-    rank = min(output.rank or limit, *merged.shape)
-    if basis is not None and rank >= len(merged):
-        return basis, merged, 0.0
-    U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
-    left = U[:, :rank] * S[:rank].sqrt()
-    norm = float(S.norm())
-    error = float(S[rank:].norm()) / norm if norm > 0 else 0.0
-    return (left if basis is None else basis @ left), S[:rank, None].sqrt() * Vh[:rank], error
+def _pair(plan: Plan, index: int, key: str, turned: bool) -> LowRankDelta | None:
+    """Return an expert's factors of a tensor (turned: of its transpose), or None where it changes nothing."""
+    expert = plan.experts[index]
+    delta = expert.adapter.delta(expert.names[key]) if expert.adapter and expert.holds(key) else None
+    assert delta is None or isinstance(delta, LowRankDelta)
+    for factor in (delta.A, delta.B) if delta else ():
+        check_finite(factor, f"expert {expert.name!r}", key)
+    if delta is None or delta.transposed == turned:
+        return delta
+    return replace(delta, B=delta.A.mT, A=delta.B.mT, transposed=turned)
 
 
-def _write_config(plan: Plan, folder: Path, ranks: dict[str, int], transposed: bool) -> None:
-    """Write an adapter_config.json whose scale is one for every module: alpha equals the rank."""
+def _basis(blocks: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """Return orthonormal columns Q that span those of all blocks, and each block's coordinates in them."""
+    held = [block for block in blocks if block is not None]
+    Q, R = torch.linalg.qr(torch.cat(held, -1))
+    coordinates = iter(R.split([block.shape[-1] for block in held], -1))
+    return Q, [None if block is None else next(coordinates) for block in blocks]
+
+
+def _metric(system: LinearSystem | None) -> Gram | LowRank | None:
+    """Return the P of the norm tr(X P Xᵀ) that the curvature puts on X; None is the Frobenius norm.
+
+    Of K-FAC only the inputs' side is taken: the projection on the left is orthogonal then, and nothing can grow where no
+    expert's data ever was.
+    """
+    if system is None:
+        return None
+    if isinstance(system.operator, Gram | LowRank):
+        return system.operator
+    near = nearest_kronecker(system)
+    return None if near is None else Gram(near.input)
+
+
+def cut(value: Tensor, rank: int, metric: Gram | LowRank | None = None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Factor a matrix as B A of a given rank, with the least error that this rank allows.
+
+    Without a metric that is the truncated singular value decomposition. In the norm ‖X‖² = tr(X P Xᵀ) it is U Uᵀ X, with U
+    the leading eigenvectors of X P Xᵀ, which are the left singular vectors of X P^½.
+
+    Args:
+        value: ``[…, m, n]``.
+        rank: of the product; nothing is cut when it is m or n.
+        metric: P ``[n, n]``, acting from the right.
+
+    Returns:
+        B ``[…, m, rank]``, A ``[…, rank, n]`` and the relative errors, as fields of a `TensorRecord`.
+
+    """
+    if rank in value.shape[-2:]:
+        eye = torch.eye(rank, dtype=value.dtype, device=value.device).expand(*value.shape[:-2], rank, rank)
+        return *((eye, value) if rank == value.shape[-2] else (value, eye)), {"truncation": 0.0}
+    if metric is None:
+        U, S, Vh = torch.linalg.svd(value, full_matrices=False)
+        root = S[..., :rank].sqrt()
+        error = _ratio(S[..., rank:], S)
+        return U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :], {"truncation": error}
+    values, vectors = torch.linalg.eigh(metric.matvec(value) @ value.T)
+    B = vectors[:, -rank:]
+    A, spectrum = B.T @ value, values.clamp(min=0).sqrt()
+    errors = {"truncation": _ratio(value - B @ A, value), "weighted_truncation": _ratio(spectrum[:-rank], spectrum)}
+    return B, A, errors
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = float(whole.norm())
+    return float(part.norm()) / norm if norm > 0 else 0.0
+
+
+def _write_config(plan: Plan, folder: Path, parts: list[_Part]) -> None:
+    """Write an adapter_config.json with which PEFT gives the merged adapter its effect."""
     assert plan.base is not None
-    task_types = {expert.adapter.options.get("task_type") for expert in plan.experts if expert.adapter}
-    rank = max(ranks.values())
-    patterns = {module: own for module, own in ranks.items() if own != rank}
+    adapters = [expert.adapter for expert in plan.experts if expert.adapter]
+    task_types = {adapter.options.get("task_type") for adapter in adapters}
     source = plan.base.source
+    whole = [part for part in parts if part.factors is None and not _is_vector(part.own)]
     config: dict[str, Any] = {
-        "peft_type": "LORA",
+        "peft_type": adapters[0].options["peft_type"],
         # For classifiers PEFT would expect a head in the adapter; the merged one's heads are kept per task, beside it.
         "task_type": task_types.pop() if len(task_types) == 1 and not any(plan.kept.values()) else None,
         "base_model_name_or_path": source.repo_id or source.name,
         "revision": source.commit,
+        "modules_to_save": sorted({part.module for part in whole if not part.own.endswith(".bias")}) or None,
+        "inference_mode": True,
+        **(_ia3_config(plan, parts) if isinstance(adapters[0], Ia3Adapter) else _lora_config(parts, whole)),
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora_config(parts: list[_Part], whole: list[_Part]) -> dict[str, Any]:
+    """Return the fields of LoRA; its scale is one for every module: alpha equals the rank."""
+    factored = [part for part in parts if part.factors]
+    stacked = [part for part in factored if part.factors and part.factors.form == "stacked"]
+    rank = max((part.rank for part in factored), default=1)
+    names = {part.entry.key: part.own if part in stacked else part.module for part in factored}
+    patterns = {re.escape(names[part.entry.key]): part.rank for part in factored if part.rank != rank}
+    return {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": list(ranks),
-        "fan_in_fan_out": transposed,
+        "target_modules": [part.module for part in factored if part not in stacked],
+        "target_parameters": [part.own for part in stacked] or None,
+        "fan_in_fan_out": any(p.factors.transposed for p in factored if p.factors and p.factors.form == "linear"),
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if any(part.own.endswith(".bias") for part in whole) else "none",
         "use_rslora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _ia3_config(plan: Plan, parts: list[_Part]) -> dict[str, Any]:
+    """Return the fields of (IA)³; a vector scales inputs where the experts' configs say so."""
+    modules = [part.module for part in parts if _is_vector(part.own)]
+    feedforward = [expert.adapter.options.get("feedforward_modules") or [] for expert in plan.experts if expert.adapter]
+    return {
+        "target_modules": modules,
+        "feedforward_modules": [m for m in modules if any(_names_module(value, m) for value in feedforward)],
+        "fan_in_fan_out": any(
+            expert.adapter.options.get("fan_in_fan_out") for expert in plan.experts if expert.adapter
+        ),
+    }
+
+
+def _names_module(value: str | list[str], module: str) -> bool:
+    """Tell whether PEFT takes a field of modules (endings, or one regular expression) to name a module."""
+    if isinstance(value, str):
+        return re.fullmatch(value, module) is not None
+    return any(module.endswith(ending) for ending in value)

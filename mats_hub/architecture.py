@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +20,10 @@ class Architecture:
         tied: tensors that share the storage of another one: alias → the tensor that is stored.
         transposed: weights stored ``[in, out]`` (Conv1D).
         stored_names: name in the model → name in a checkpoint, where transformers stores it under another one.
+        linear: weights of linear modules (Linear, Conv1D).
+        stacked: parameters that stack the matrices of several experts, in the order of their modules → how many there
+            are, and whether each is ``[in, out]``.
+        shapes: every tensor's shape, by its name in a checkpoint; tied ones are named too.
 
     """
 
@@ -27,6 +32,9 @@ class Architecture:
     tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     stored_names: Mapping[str, str] = field(default_factory=dict)
+    linear: frozenset[str] = frozenset()
+    stacked: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
@@ -44,13 +52,29 @@ def _describe(config_text: str) -> Architecture:
     model = _skeleton(config, class_name)
     if model is None:
         return Architecture(class_name)
+    import torch
     from transformers.pytorch_utils import Conv1D
 
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {}) if _ties(config) else {}
-    transposed = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+    def weights_of(*kinds: type) -> frozenset[str]:
+        return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds))
+
     has_head = model.base_model is not model
-    prefix = f"{model.base_model_prefix}." if has_head and model.base_model_prefix else ""
-    return Architecture(class_name, prefix, tied, frozenset(transposed), _stored_names(model))
+    stored_names = _stored_names(model)
+    return Architecture(
+        class_name,
+        prefix=f"{model.base_model_prefix}." if has_head and model.base_model_prefix else "",
+        tied=dict(getattr(model, "all_tied_weights_keys", None) or {}) if _ties(config) else {},
+        transposed=weights_of(Conv1D),
+        stored_names=stored_names,
+        linear=weights_of(torch.nn.Linear, Conv1D),
+        stacked={
+            f"{name}.{leaf}": (len(parameter), bool(getattr(module, "is_transposed", False)))
+            for name, module in model.named_modules()
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3 and leaf != "weight"
+        },
+        shapes={stored_names.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+    )
 
 
 def _stored_names(model: Any) -> dict[str, str]:
@@ -143,3 +167,8 @@ def _modern(name: str) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
+
+
+def layer_pattern(name: str) -> str:
+    """Return a tensor's name with its layer numbers blanked (``encoder.layer.*.attention``)."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -16,7 +16,7 @@ from mats_hub.errors import HubError
 from mats_hub.figures import draw_figures
 from mats_hub.methods import METHODS
 from mats_hub.recipe import RECIPE_FILE
-from mats_hub.report import REPORT_FILE, MergeReport
+from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "model_card_template.md"
@@ -76,7 +76,7 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
     if report.recipe["output"]["format"] == "adapter":
         base = report.base and report.base["repo_id"]
         content.update(library_name="peft", base_model=base, base_model_relation="adapter" if base else None)
-        content["tags"].insert(0, "lora")
+        content["tags"].insert(0, "lora" if _cut_records(report) else "ia3")
     elif not parents:
         del content["base_model_relation"]
     content["model-index"] = _model_index(report, repo_id)
@@ -137,6 +137,7 @@ def _values(report: MergeReport, figures: list[str], repo_id: str | None) -> dic
         "initialization_options": f" ({options})" if options else "",
         "solver_text": _solver_text(recipe["solver"]),
         "counts_text": _counts_text(report),
+        "ranks": _rank_rows(report),
         "notes": report.notes,
         "statistics": _statistics_rows(report),
         "environment": report.environment,
@@ -199,7 +200,8 @@ def _solver_text(solver: dict[str, Any] | None) -> str:
         return "closed form"
     text = f"conjugate gradient, {solver['iterations']} iterations"
     text += f", tolerance {solver['tolerance']:g}" if solver["tolerance"] else ""
-    return text + (", Kronecker preconditioner" if solver["preconditioner"] == "kronecker" else "")
+    text += ", Kronecker preconditioner" if solver["preconditioner"] == "kronecker" else ""
+    return text + (", within the span of the experts' B factors" if solver.get("subspace") == "factors" else "")
 
 
 def _counts_text(report: MergeReport) -> str:
@@ -213,8 +215,10 @@ def _counts_text(report: MergeReport) -> str:
     counts = Counter(record.action for record in report.tensors)
     parts = [f"{counts[action]} {text}" for action, text in words.items() if counts[action]]
     text = f"Of {len(report.tensors)} tensors: {'; '.join(parts)}"
-    cuts = [record for record in report.tensors if record.rank is not None]
-    if cuts:
+    if report.recipe["output"]["format"] == "adapter":
+        cuts = _cut_records(report)
+        if not cuts:
+            return f"{text}. Written as an (IA)³ adapter"
         worst = max(cuts, key=lambda record: record.truncation or 0)
         text += f". Written as a LoRA adapter of rank {max(record.rank or 0 for record in cuts)}"
         if worst.truncation:
@@ -222,6 +226,32 @@ def _counts_text(report: MergeReport) -> str:
         else:
             text += ", exactly"
     return text
+
+
+def _cut_records(report: MergeReport) -> list[TensorRecord]:
+    """Return the records of tensors that are written as factors."""
+    return [record for record in report.tensors if record.rank is not None]
+
+
+def _rank_rows(report: MergeReport) -> list[dict[str, Any]]:
+    """Return a row for each factored tensor, when something is lost by it: by a cut, or outside the factors' span."""
+    cuts = _cut_records(report)
+    if not any(record.truncation or record.outside for record in cuts):
+        return []
+
+    def text(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2g}"
+
+    return [
+        {
+            "key": record.key,
+            "rank": record.rank,
+            "truncation": text(record.truncation),
+            "weighted": text(record.weighted_truncation),
+            "outside": text(record.outside),
+        }
+        for record in cuts
+    ]
 
 
 def _statistics_rows(report: MergeReport) -> list[dict[str, Any]]:

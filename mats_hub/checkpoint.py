@@ -61,6 +61,10 @@ def check_fields(content: Mapping[str, Any], fields: Mapping[str, tuple[type, ..
 class Checkpoint:
     """The weights of a source, from one safetensors file or several; a tensor is read when it is asked for.
 
+    Args:
+        source: where the files are.
+        headers: given for a model of which only the config is there: its tensors' dtypes and shapes.
+
     Attributes:
         source: where the files are.
         config: the model's config.json.
@@ -71,17 +75,19 @@ class Checkpoint:
 
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, headers: Mapping[str, TensorHeader] | None = None) -> None:
         self.source = source
         self.config: dict[str, Any] = source.json("config.json")
         check_fields(self.config, CONFIG_FIELDS, f"{source.spec!r}: config.json")
+        self.headers: dict[str, TensorHeader] = dict(headers or {})
+        if headers is not None:
+            return
         if self.config.get("quantization_config"):
             method = self.config["quantization_config"].get("quant_method", "an unnamed method")
             raise CheckpointError(
                 f"{source.spec!r} is quantized ({method}): its integers are not weights that can be added. Use the "
                 "repository it was quantized from, and quantize the merged model afterwards"
             )
-        self.headers: dict[str, TensorHeader] = {}
         for filename in source.weight_files:
             for name, header in source.headers(filename).items():
                 if name in self.headers:
@@ -125,6 +131,7 @@ class CheckpointWriter:
         layout: every tensor's name, dtype (as safetensors spells it) and shape.
         max_shard_bytes: a shard is closed before it would grow beyond this.
         metadata: text for every shard's header.
+        stem: what the files' names begin with.
 
     """
 
@@ -132,13 +139,14 @@ class CheckpointWriter:
         self,
         folder: Path,
         layout: Mapping[str, TensorHeader],
-        max_shard_bytes: int,
+        max_shard_bytes: float,
         metadata: Mapping[str, str],
+        stem: str = "model",
     ) -> None:
         self._folder, self._layout = folder, dict(layout)
         self._metadata = {"format": "pt", **metadata}
         self._shards = shard_layout(self._layout, max_shard_bytes)
-        self._files = shard_names(len(self._shards))
+        self._files = shard_names(len(self._shards), stem)
         self._pending = [(name, index) for index, shard in enumerate(self._shards) for name in shard]
         self._position = 0
         self._file: BinaryIO | None = None
@@ -208,7 +216,7 @@ class CheckpointWriter:
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def shard_layout(layout: Mapping[str, TensorHeader], max_shard_bytes: int) -> list[list[str]]:
+def shard_layout(layout: Mapping[str, TensorHeader], max_shard_bytes: float) -> list[list[str]]:
     """Cut a layout into shards of at most `max_shard_bytes` (a larger tensor gets a shard of its own), in order.
 
     Inside a shard, tensors of wider dtypes come first, so that every tensor starts at a multiple of its entry's size.
@@ -224,11 +232,11 @@ def shard_layout(layout: Mapping[str, TensorHeader], max_shard_bytes: int) -> li
     return [sorted(shard, key=lambda name: -DTYPE_BYTES[layout[name].dtype]) for shard in shards]
 
 
-def shard_names(count: int) -> tuple[str, ...]:
+def shard_names(count: int, stem: str = "model") -> tuple[str, ...]:
     """Return the file names that transformers expects for this number of shards."""
     if count == 1:
-        return ("model.safetensors",)
-    return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+        return (f"{stem}.safetensors",)
+    return tuple(f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
 
 
 def parse_size(text: str | int) -> int:

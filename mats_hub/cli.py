@@ -37,7 +37,10 @@ DATA_OPTIONS: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, or 1 after an error that was explained."""
-    arguments = vars(_parser().parse_args(argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:2] == ["statistics", "info"]:
+        given[:2] = ["statistics-info"]
+    arguments = vars(_parser().parse_args(given))
     command = arguments.pop("run")
     try:
         return int(command(**arguments) or 0)
@@ -67,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     _add_statistics(commands)
+    info = commands.add_parser("statistics-info", help="print what a statistics file holds; also: statistics info FILE")
+    info.add_argument("file", help="the statistics file")
+    info.set_defaults(run=_statistics_info)
     plan = commands.add_parser(
         "plan", help="show what a merge would do to every tensor, and every problem, without doing it"
     )
@@ -94,7 +100,22 @@ def _add_statistics(commands: Any) -> None:
     statistics = commands.add_parser("statistics", help="measure an expert's statistics on its task's data")
     statistics.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
     statistics.add_argument(
-        "--kind", action="append", help="gram, kfac or fisher; may be given more than once (default: kfac)"
+        "--kind",
+        action="append",
+        help="gram, kfac, fisher or block_fisher; may be given more than once (default: kfac; for (IA)³ block_fisher)",
+    )
+    statistics.add_argument(
+        "--modules",
+        default="touched",
+        help="of an adapter: touched (what it changes) or all (default: %(default)s)",
+    )
+    statistics.add_argument(
+        "--for-adapter",
+        action="store_true",
+        help="of a LoRA adapter: only what merging it into an adapter needs, a few MB",
+    )
+    statistics.add_argument(
+        "--rank", type=int, default=64, help="of the sketches for --for-adapter (default: %(default)s)"
     )
     statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
     for name, text in DATA_OPTIONS.items():
@@ -178,10 +199,16 @@ def _statistics(model: str, output: str | None, kind: list[str] | None, **option
 
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     target = output or f"{name}.statistics.safetensors"
-    statistics = compute_statistics(model, kind=kind or "kfac", output=target, progress=progress_bar, **options)
+    statistics = compute_statistics(model, kind=kind, output=target, progress=progress_bar, **options)
     found = statistics.provenance
     print(f"{target}: {', '.join(found.kinds)} of {found.model} on {found.examples} examples, {found.tokens} tokens")
     print(f"next: mats-hub merge {model} … --statistics {target} … --output merged/")
+
+
+def _statistics_info(file: str) -> None:
+    from mats_hub.statistics import Statistics
+
+    print(Statistics.load(file))
 
 
 def _plan(**options: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from mats_hub.architecture import align, describe
 from mats_hub.errors import MatsError, StatisticsMismatch
 from mats_hub.expert import Expert
 from mats_hub.plan import Action, Plan
-from mats_hub.recipe import CURVATURE_KINDS, ExpertEntry
+from mats_hub.recipe import STATISTICS_KINDS, ExpertEntry
 from mats_hub.source import open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 
@@ -17,7 +18,8 @@ from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 def open_statistics(plan: Plan, token: str | bool | None) -> None:
     """Find each expert's statistics, check that they belong to it, and settle method ``auto``."""
     recipe = plan.recipe
-    wanted = recipe.curvature is not None or recipe.method == "auto"
+    data_free = recipe.curvature is None or recipe.curvature.kind not in STATISTICS_KINDS
+    wanted = recipe.method == "auto" or not data_free
     for entry, expert in zip(recipe.experts, plan.experts, strict=True):
         statistics = None
         try:
@@ -28,14 +30,14 @@ def open_statistics(plan: Plan, token: str | bool | None) -> None:
             plan.problems.append(error)
         plan.statistics.append(statistics)
     held = [statistics for statistics in plan.statistics if statistics]
-    kinds = [kind for kind in CURVATURE_KINDS if held and all(statistics.covers(kind) for statistics in held)]
+    kinds = [kind for kind in STATISTICS_KINDS if held and all(statistics.covers(kind) for statistics in held)]
     if recipe.method == "auto":
         plan.recipe = recipe.resolve(kinds if len(held) == len(plan.experts) else ())
         lacking = [e.name for e, s in zip(plan.experts, plan.statistics, strict=True) if s is None]
         because = f"there are no statistics for {', '.join(lacking)}" if lacking else "every expert has statistics"
         plan.notes.append(f"no method was named: {plan.recipe.method} is used, because {because}")
         return
-    if recipe.curvature is None:
+    if recipe.curvature is None or data_free:
         return
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         if statistics is None or not statistics.covers(recipe.curvature.kind):
@@ -64,6 +66,10 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     if plan.recipe.curvature is None:
         return [{} for _ in plan.experts]
     kind, found = plan.recipe.curvature.kind, []
+    if kind == "task_vector":
+        known, headers = describe(plan.reference.config).linear, plan.reference.headers
+        linear = align(known, headers).values() if known else headers
+        return [{key: key for key in linear if len(headers[key].shape) == 2} for _ in plan.experts]
     stored_names = describe(plan.reference.config).stored_names
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind) if statistics else {}
@@ -84,6 +90,10 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
     """Tell whether every expert's statistics cover a tensor; report those that cover it for some only, or misfit it."""
     assert plan.recipe.curvature is not None
     kind = plan.recipe.curvature.kind
+    if kind == "task_vector":
+        if key in coverage[0]:
+            return Action.SOLVE, "Grams of the task vectors", ()
+        return Action.INITIALIZE, "no weight of a linear module", ()
     if None in plan.statistics:
         return Action.INITIALIZE, "statistics are missing", ()
     holders = [names.get(key) for names in coverage]
@@ -105,7 +115,11 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
         assert statistics is not None
         acts_on = statistics.covers(kind)[name]
         stored = acts_on[::-1] if kind != "fisher" and statistics.is_transposed(name) else acts_on
-        fits = all(a in (0, b) for a, b in zip(stored, shape, strict=True)) if len(stored) == len(shape) else False
+        if kind == "block_fisher":
+            stored = (acts_on[0],) if len(acts_on) == 2 else acts_on
+            fits = acts_on == (math.prod(shape),) * 2
+        else:
+            fits = len(stored) == len(shape) and all(a in (0, b) for a, b in zip(stored, shape, strict=True))
         if not fits:
             plan.problems.append(
                 StatisticsMismatch(

@@ -119,6 +119,34 @@ class Gram(Curvature):
 
 
 @dataclass(frozen=True)
+class LowRank(Curvature):
+    """C = I ⊗ (F Fᵀ + diag(d)), a sketched Gram: V ↦ V F Fᵀ + V diag(d), with F ``[in, q]`` and d ``[in]``."""
+
+    factor: Tensor
+    rest: Tensor
+
+    def matvec(self, value: Tensor) -> Tensor:
+        """Return value · (F Fᵀ + diag(d))."""
+        return (value @ self.factor) @ self.factor.T + value * self.rest
+
+    def diagonal(self, shape: torch.Size) -> Tensor:
+        """Return the diagonal of F Fᵀ + diag(d) in every row."""
+        return (self.factor.square().sum(1) + self.rest).expand(shape)
+
+    def scaled(self, factor: float) -> LowRank:
+        """Return factor · C."""
+        return LowRank(self.factor * _nonnegative(factor) ** 0.5, self.rest * factor)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LowRank:
+        """Return the same map on `device` in `dtype`."""
+        return LowRank(self.factor.to(device, dtype), self.rest.to(device, dtype))
+
+    def dense(self) -> Gram:
+        """Return the same map with its matrix written out."""
+        return Gram(self.factor @ self.factor.T + torch.diag(self.rest))
+
+
+@dataclass(frozen=True)
 class Kronecker(Curvature):
     """C = B ⊗ A with B ``[out, out]`` = E[g gᵀ] and A ``[in, in]`` = E[x xᵀ]: V ↦ B V A (K-FAC, Martens & Grosse 2015)."""
 
@@ -194,6 +222,23 @@ class Sum(Curvature):
         return Sum(tuple(term.to(device, dtype) for term in self.terms))
 
 
+def restrict(curvature: Curvature, basis: Tensor) -> Curvature:
+    """Return the map Y ↦ Qᵀ C(Q Y) on coordinates Y ``[k, in]`` of weights Q Y, with Q ``[out, k]`` orthonormal.
+
+    Raises:
+        TypeError: a curvature that is not closed under it.
+
+    """
+    match curvature:
+        case Identity() | Gram() | LowRank():
+            return curvature
+        case Kronecker():
+            return Kronecker(basis.T @ curvature.output @ basis, curvature.input)
+        case Sum():
+            return Sum(tuple(restrict(term, basis) for term in curvature.terms))
+    raise TypeError(f"a {type(curvature).__name__} curvature does not restrict to a span of columns")
+
+
 def _terms(curvature: Curvature) -> tuple[Curvature, ...]:
     return curvature.terms if isinstance(curvature, Sum) else (curvature,)
 
@@ -209,11 +254,17 @@ def _closed_sum(a: Curvature, b: Curvature) -> Curvature | None:
             return Gram(a.matrix + b.matrix)
         case (Dense(), Dense()):
             return Dense(a.matrix + b.matrix)
+        case (LowRank(), LowRank()):
+            return LowRank(torch.cat([a.factor, b.factor], 1), a.rest + b.rest)
+        case (LowRank(), Identity()):
+            return LowRank(a.factor, a.rest + b.scale)
+        case (LowRank(), Gram()):
+            return Gram(a.dense().matrix + b.matrix)
         case (Diagonal(), Identity()):
             return Diagonal(a.values + b.scale)
         case (Gram() | Dense(), Identity()):
             return type(a)(a.matrix + b.scale * torch.eye(len(a.matrix), dtype=a.matrix.dtype, device=a.matrix.device))
-        case (Identity(), Diagonal() | Gram() | Dense()):
+        case (Identity(), Diagonal() | Gram() | Dense() | LowRank()) | (Gram(), LowRank()):
             return _closed_sum(b, a)
     return None
 

@@ -26,26 +26,34 @@ class DenseDelta:
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """A task vector scale · B A with B ``[out, r]`` and A ``[r, in]`` (LoRA, Hu et al. 2022).
+    """A task vector scale · B A with B ``[…, out, r]`` and A ``[…, r, in]`` (LoRA, Hu et al. 2022).
 
-    With `transposed` the weight is stored ``[in, out]`` (Conv1D) and the dense form is transposed to match.
+    Leading dimensions number the matrices of a weight that stacks several. With `transposed` the weight is stored
+    ``[…, in, out]`` (Conv1D, embeddings); `weight_shape` is its stored shape where that is no matrix (convolutions).
     """
 
     B: Tensor
     A: Tensor
     scale: float
     transposed: bool = False
+    weight_shape: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> torch.Size:
         """The weight's shape, as it is stored."""
-        out, inner = self.B.shape[0], self.A.shape[1]
-        return torch.Size((inner, out) if self.transposed else (out, inner))
+        out, inner = self.B.shape[-2], self.A.shape[-1]
+        matrix = (inner, out) if self.transposed else (out, inner)
+        return torch.Size(self.weight_shape or (*self.A.shape[:-2], *matrix))
 
     def dense(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the task vector as one tensor on `device` in `dtype`, multiplied out in `dtype`."""
         product = (self.scale * self.B.to(device, dtype)) @ self.A.to(device, dtype)
-        return product.T.contiguous() if self.transposed else product
+        return (product.mT if self.transposed else product).reshape(self.shape).contiguous()
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the weight's stored shape as ``[…, out, in]``, the shape of B A."""
+        matrix = weight.flatten(1) if self.weight_shape else weight
+        return matrix.mT if self.transposed else matrix
 
 
 Delta = DenseDelta | LowRankDelta

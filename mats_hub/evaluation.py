@@ -23,6 +23,7 @@ def evaluate(
     image: str | None = None,
     target: str | None = None,
     processor: str | Path | None = None,
+    base: str | Path | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
     device: str = "auto",
@@ -41,6 +42,7 @@ def evaluate(
         image: image column.
         target: target text column.
         processor: where tokenizer or image processor come from; the merged model itself otherwise.
+        base: the base of a merged adapter, when it is not the one it names.
         batch_size: examples in one pass.
         max_length: tokens after which a text is cut.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
@@ -54,7 +56,7 @@ def evaluate(
     from mats_hub.device import choose_device
 
     place = choose_device(device)
-    network = load(model, task, dtype="float32", token=token) if isinstance(model, str | Path) else model
+    network = load(model, task, dtype="float32", token=token, base=base) if isinstance(model, str | Path) else model
     loaded, _, _ = load_dataset(dataset, config, split, token)
     if processor is None and not isinstance(model, str | Path):
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mats_hub.adapter import TASK_CLASSES, LoraAdapter
+from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter, open_adapter
 from mats_hub.architecture import Architecture, align, describe
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
@@ -31,7 +31,7 @@ class Expert:
 
     def __init__(self, source: Source, name: str, weight: float = 1.0) -> None:
         self.source, self.name, self.weight = source, name, weight
-        self.adapter = LoraAdapter(source) if "adapter_config.json" in source.sizes else None
+        self.adapter: Adapter | None = open_adapter(source) if "adapter_config.json" in source.sizes else None
         self.checkpoint = self.adapter.checkpoint if self.adapter else Checkpoint(source)
         self.names: dict[str, str] = {}
         self.extra: list[str] = []
@@ -39,7 +39,7 @@ class Expert:
     @property
     def kind(self) -> str:
         """What it is, in words."""
-        return f"LoRA adapter (rank {self.adapter.rank})" if self.adapter else "full checkpoint"
+        return self.adapter.description if self.adapter else "full checkpoint"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -53,15 +53,13 @@ class Expert:
 
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
-        own = [*self.whole, *(self.adapter.factors if self.adapter else ())]
         facts = describe(reference.config)
+        if self.adapter:
+            self.adapter.settle(facts, reference)
+        own = [*self.whole, *(self.adapter.changed if self.adapter else ())]
         stored_names = {**self.architecture.stored_names, **facts.stored_names}
         mapping = align(own, reference.headers, stored_names)
         self.names = {target: name for name, target in mapping.items()}
-        if self.adapter and facts.transposed:
-            transposed = set(align(facts.transposed, reference.headers, stored_names).values())
-            for name in self.adapter.factors.keys() & mapping.keys():
-                self.adapter.orient(name, mapping[name] in transposed)
         tied = {} if self.adapter else self.architecture.tied
         for alias, stored in tied.items():
             if alias in reference.headers and alias not in self.names and stored in self.checkpoint.headers:
@@ -75,9 +73,15 @@ class Expert:
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of the weight behind one of its own names."""
-        if self.adapter and own in self.adapter.factors:
-            return self.adapter.factors[own].shape
+        if self.adapter and own in self.adapter.changed:
+            return self.adapter.shape(own)
         return self.checkpoint.headers[self.whole[own]].shape
+
+    def files(self, own: str) -> tuple[str, ...]:
+        """Return the names, in its file, of the tensors behind one of its own names."""
+        if self.adapter and own in self.adapter.changed:
+            return self.adapter.files(own)
+        return (self.whole[own],)
 
     def holds(self, key: str) -> bool:
         """Tell whether it holds or changes a reference tensor; an adapter leaves the others as they are in the base."""
@@ -87,12 +91,17 @@ class Expert:
         """Return a tensor it holds whole, by its own name, as stored."""
         return self.checkpoint.tensor(self.whole[own])
 
+    def fold(self) -> None:
+        """Treat an adapter as whatever PEFT's merge makes of it; `mats_hub.loading.fold` makes it."""
+        if self.adapter:
+            self.adapter = FoldedAdapter(self.adapter.checkpoint, self.adapter.options)
+
     def delta(self, key: str, origin: Tensor) -> Delta | None:
         """Return the task vector at a reference tensor, from `origin` (float32); None where an adapter changes nothing."""
         own = self.names.get(key)
         if own is None:
             return None
-        if self.adapter and own in self.adapter.factors:
+        if self.adapter and own in self.adapter.changed:
             return self.adapter.delta(own)
         return DenseDelta(self.whole_tensor(own).to(origin) - origin)
 

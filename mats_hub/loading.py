@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mats_hub.adapter import FoldedAdapter
 from mats_hub.architecture import describe
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
@@ -32,18 +34,68 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         IncompatibleExperts: an adapter's tensors do not fit the base.
 
     """
-    model_dtype = _torch_dtype(dtype)
     if expert.adapter is None:
         model = _model_class(expert.auto_class)
-        return _from_pretrained(model, expert.source, model_dtype).to(device).eval()
-    base = base or open_source(expert.adapter.base, expert.source.token)
+        return _from_pretrained(model, expert.source, _torch_dtype(dtype)).to(device).eval()
+    with quiet():
+        return _with_adapter(_base_model(expert, base, dtype), expert).merge_and_unload().to(device).eval()
+
+
+def load_adapted(expert: Expert, base: Source | None = None, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Return an adapter's expert as a PEFT model in eval mode, the adapter beside its base; see `load_expert`."""
+    with quiet():
+        return _with_adapter(_base_model(expert, base, dtype), expert).to(device).eval()
+
+
+def fold(expert: Expert, base: Source, folder: Path, dtype: str = "float32") -> None:
+    """Have PEFT merge an adapter into its base, and keep in a file under `folder` what that changes as its deltas.
+
+    The whole base is in memory meanwhile.
+
+    Raises:
+        CheckpointError: PEFT cannot merge this adapter.
+        IncompatibleExperts: the adapter's tensors do not fit the base.
+
+    """
+    from safetensors.torch import save_file
+
+    adapter = expert.adapter
+    assert isinstance(adapter, FoldedAdapter)
+    model = _base_model(expert, base, dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in adapter.changed}
+    try:
+        with quiet():
+            merged = _with_adapter(model, expert).merge_and_unload()
+    except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{expert.source.spec!r} is a {adapter.description}, which PEFT cannot merge into its base: {error}"
+        ) from error
+    after = merged.state_dict()
+    target = folder / expert.name
+    target.mkdir(parents=True)
+    save_file({name: (after[name] - tensor).contiguous() for name, tensor in before.items()}, target / HEAD_FILE)
+    adapter.deltas = Checkpoint(open_source(target))
+
+
+def _base_of(expert: Expert, base: Source | None) -> Source:
+    """Return the base of an adapter: the given one, else the one it names."""
+    assert expert.adapter is not None
+    try:
+        return base or open_source(expert.adapter.base, expert.source.token)
+    except SourceError as error:
+        raise SourceError(
+            f"the base of adapter {expert.source.spec!r} cannot be opened; name it with 'base'. {error}"
+        ) from error
+
+
+def _base_model(expert: Expert, base: Source | None, dtype: str) -> Any:
+    """Return the model that an adapter was made for, with the head of its task if it has one (not yet its own)."""
+    base = _base_of(expert, base)
     reference = Checkpoint(base)
     expert.align_to(reference)
     config = _config(expert.task_config(reference.config))
     model_class = _model_class(expert.auto_class or describe(reference.config).class_name or "AutoModel")
-    with quiet():
-        model = _from_pretrained(model_class, base, model_dtype, config=config)
-        return _with_adapter(model, expert).to(device).eval()
+    return _from_pretrained(model_class, base, _torch_dtype(dtype), config=config)
 
 
 def load(
@@ -93,11 +145,11 @@ def _load_task(source: Source, task: str, adapter: Expert | None, base: str | Pa
     folder = f"{TASKS_FOLDER}/{task}"
     content = source.json(f"{folder}/{CONFIG_FILE}")
     config = _config(content)
-    body = open_source(base or adapter.adapter.base, source.token) if adapter and adapter.adapter else source
+    body = _base_of(adapter, open_source(base, source.token) if base else None) if adapter else source
     model_class = _model_class((config.architectures or ["AutoModel"])[0])
     with quiet():
         built, info = _from_pretrained(model_class, body, _torch_dtype(dtype), config=config, info=True)
-        built = _with_adapter(built, adapter) if adapter else built
+        built = _with_adapter(built, adapter).merge_and_unload() if adapter else built
     head_file = f"{folder}/{HEAD_FILE}"
     stored = load_file(source.path(head_file)) if head_file in source.sizes else {}
     in_model = {other: name for name, other in describe(content).stored_names.items()}
@@ -167,18 +219,25 @@ def _from_pretrained(model_class: Any, source: Source, dtype: Any, config: Any =
 
 
 def _with_adapter(model: Any, expert: Expert) -> Any:
+    """Return the PEFT model of a base model and an adapter, every tensor of which has to find its place."""
     from peft import PeftModel
 
     source = expert.source
     folder = source.path("adapter_config.json").parent
     source.path("adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         text = str(error).strip().splitlines()
         raise IncompatibleExperts(
             f"adapter {source.spec!r} does not fit its base: {text[-1].strip() if text else type(error).__name__}"
         ) from error
+    missing = [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]
+    if missing:
+        raise CheckpointError(f"{source.spec!r} is incomplete: {' '.join(missing[0].split())[:300]}; fetch it again")
+    return adapted
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.errors import OutputError, RecipeError, SourceError
 from mats_hub.expert import Expert
-from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, load
+from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, fold, load
 from mats_hub.plan import Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress
@@ -54,11 +55,14 @@ class MergedModel:
     Attributes:
         folder: where it is.
         report: what the merge did.
+        base: the base it was just merged on, for a merged adapter to be loaded onto; None after it was opened again.
 
     """
 
-    def __init__(self, folder: Path, report: MergeReport, temporary: bool = False) -> None:
-        self.folder, self.report = folder, report
+    def __init__(
+        self, folder: Path, report: MergeReport, temporary: bool = False, base: str | Path | None = None
+    ) -> None:
+        self.folder, self.report, self.base = folder, report, base
         if temporary:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
@@ -81,7 +85,7 @@ class MergedModel:
         self, task: str | None = None, dtype: str = "auto", device: str = "cpu", base: str | Path | None = None
     ) -> Any:
         """Return the model as a transformers object; see `mats_hub.load`."""
-        return load(self.folder, task, dtype, device, base=base)
+        return load(self.folder, task, dtype, device, base=base or self.base)
 
     def save(self, folder: str | Path) -> Path:
         """Copy the merged model to a folder that does not exist or is empty; it appears complete or not at all.
@@ -148,13 +152,14 @@ def merge(
     place = choose_device(device)
     plan = make_plan(recipe, token)
     plan.raise_problems()
+    base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
     if target is not None:
         with staged(target) as stage:
             report = _write_all(plan, stage, place, progress)
-        return MergedModel(target, report)
+        return MergedModel(target, report, base=base)
     folder = Path(tempfile.mkdtemp(prefix="mats_hub-"))
     try:
-        return MergedModel(folder, _write_all(plan, folder, place, progress), temporary=True)
+        return MergedModel(folder, _write_all(plan, folder, place, progress), temporary=True, base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -214,13 +219,18 @@ def staged(target: Path) -> Iterator[Path]:
 def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None) -> MergeReport:
     """Write weights, heads, configs, companions, recipe, report and card."""
     from mats_hub.adapter_merging import merge_adapters
-    from mats_hub.merging import merge_tensors
+    from mats_hub.merging import compute_dtype, merge_tensors
 
     recipe_text = plan.recipe.to_yaml()
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()
     as_adapter = plan.recipe.output.format == "adapter"
     write = merge_adapters if as_adapter else merge_tensors
-    records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
+    with tempfile.TemporaryDirectory(prefix="mats_hub-") as spool:
+        for expert in plan.experts:
+            if isinstance(expert.adapter, FoldedAdapter):
+                assert plan.base is not None
+                fold(expert, plan.base.source, Path(spool), "float64" if plan.is_double else "float32")
+        records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
     if not as_adapter:  # a config.json beside an adapter would make it look like a model
         _write_config(plan, folder)
     for expert in plan.experts:
@@ -232,7 +242,7 @@ def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None)
         base=_facts(plan.base.source) if plan.base else None,
         experts=[_expert_facts(plan, index) for index in range(len(plan.experts))],
         tensors=records,
-        environment=_environment(str(device)),
+        environment=_environment(str(device), str(compute_dtype(plan, device)).removeprefix("torch.")),
         files={path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
         notes=notes,
     )
@@ -318,7 +328,7 @@ def _expert_facts(plan: Plan, index: int) -> dict[str, Any]:
     }
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(device: str, dtype: str) -> dict[str, str]:
     import safetensors
     import torch
     import transformers
@@ -333,7 +343,7 @@ def _environment(device: str) -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
         "device": name,
-        "compute dtype": "float32",
+        "compute dtype": dtype,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter, parse_size
+from mats_hub.curvature import Curvature, restrict
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.linear_system import LinearSystem, match
@@ -20,6 +21,7 @@ from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
+from mats_hub.statistics.file import conditioned_gram
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
@@ -29,8 +31,8 @@ def merge_tensors(
 ) -> list[TensorRecord]:
     """Write the merged checkpoint of a plan without problems into `folder`.
 
-    Memory holds one tensor of every model and its statistics at a time. Everything is computed in float32 and written in
-    the dtype the recipe asks for.
+    Memory holds one tensor of every model and its statistics at a time. Everything is computed in float32 (float64 where
+    a model is stored in it) and written in the dtype the recipe asks for.
 
     Returns:
         One record per tensor, in the order they were written, then those that are not written.
@@ -57,22 +59,32 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
     if entry.action not in (Action.SOLVE, Action.INITIALIZE):
         copied = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
         return copied, TensorRecord(entry.key, entry.action, entry.reason)
-    origin, deltas = deltas_at(plan, entry.key, device)
-    merged, record = merge_deltas(plan, entry, deltas, context)
-    return origin + merged, record
+    origin, deltas = deltas_at(plan, entry, device)
+    merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+    return origin + merged.value, merged.record
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged task vector of one tensor, what is to be said of it, and the system it solves (None: nothing solved)."""
+
+    value: Tensor
+    record: TensorRecord
+    system: LinearSystem | None = None
 
 
 def merge_deltas(
-    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, oriented: bool = False
-) -> tuple[Tensor, TensorRecord]:
-    """Return the merged task vector of one tensor and its record.
+    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, turned: bool = False, basis: Tensor | None = None
+) -> Merged:
+    """Merge the task vectors of one tensor.
 
     Args:
         plan: the merge.
         entry: the tensor.
-        deltas: the experts' task vectors, in the stored shape, or with `oriented` in ``[out, in]``.
+        deltas: the experts' task vectors, all of one shape: the stored one, or ``[out, in]``; with `basis`, coordinates.
         context: the merge's context.
-        oriented: whether `deltas` are ``[out, in]`` already.
+        turned: whether `deltas` are ``[in, out]``, so that curvatures act on their transposes.
+        basis: orthonormal columns ``[out, k]`` that the deltas are coordinates ``[k, in]`` in.
 
     """
     weights = [expert.weight for expert in plan.experts]
@@ -82,8 +94,20 @@ def merge_deltas(
         "expert_norms": tuple(_norm(delta) for delta in deltas),
     }
     if entry.action is Action.INITIALIZE:
-        return start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms)
-    solution = _solve_entry(plan, entry, deltas, weights, start, oriented)
+        return Merged(start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms))
+    assert plan.recipe.solver is not None
+    if turned:
+        deltas, start = [delta.mT for delta in deltas], start.mT
+    whole = curvatures_at(plan, entry, deltas)
+    curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
+    system = match(curvatures, deltas, weights)
+    try:
+        solution = solve(system, start, plan.recipe.solver)
+    except NumericalError as error:
+        raise NumericalError(
+            f"tensor {entry.key!r}: {error}. Measure the experts' statistics again, or take it out of the match with exclude"
+        ) from None
+    value = solution.value
     record = TensorRecord(
         entry.key,
         entry.action,
@@ -92,34 +116,28 @@ def merge_deltas(
         solution.iterations,
         solution.residuals,
         solution.residual,
-        solution_norm=_norm(solution.value),
-        step_norm=_norm(solution.value - start),
+        solution_norm=_norm(value),
+        step_norm=_norm(value - start),
         **norms,
     )
-    return solution.value, record
+    if basis is not None and plan.recipe.solver.subspace == "factors":
+        lifted = match(whole, [basis @ delta for delta in deltas], weights)
+        outside = _norm(lifted.residual(basis @ value)) / (_norm(lifted.rhs) or 1.0)
+        record = replace(record, outside=outside)
+    return Merged(value.mT if turned else value, record, system)
 
 
-def _solve_entry(
-    plan: Plan, entry: Entry, deltas: list[Tensor], weights: list[float], start: Tensor, oriented: bool
-) -> Solution:
-    options, solver = plan.recipe.curvature, plan.recipe.solver
+def curvatures_at(plan: Plan, entry: Entry, deltas: list[Tensor]) -> list[Curvature]:
+    """Return each expert's curvature at one tensor, acting on ``[out, in]``: from its statistics, or from `deltas`."""
+    options = plan.recipe.curvature
     assert options is not None
-    assert solver is not None
-    curvatures = []
-    transposed = False
+    if options.kind == "task_vector":
+        return [conditioned_gram(delta.mT @ delta, options) for delta in deltas]
+    found = []
     for statistics, parameter in zip(plan.statistics, entry.parameters, strict=True):
         assert statistics is not None
-        curvatures.append(statistics.curvature(parameter, options, start.device))
-        transposed = not oriented and options.kind != "fisher" and statistics.is_transposed(parameter)
-    if transposed:  # Conv1D stores [in, out]; the mathematics is in [out, in]
-        deltas, start = [delta.T for delta in deltas], start.T
-    try:
-        solution = solve(match(curvatures, deltas, weights), start, solver)
-    except NumericalError as error:
-        raise NumericalError(
-            f"tensor {entry.key!r}: {error}. Measure the experts' statistics again, or take it out of the match with exclude"
-        ) from None
-    return replace(solution, value=solution.value.T) if transposed else solution
+        found.append(statistics.curvature(parameter, options, deltas[0].device, deltas[0].dtype))
+    return found
 
 
 def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
@@ -145,40 +163,48 @@ def _initialize(plan: Plan) -> Initialize:
     return partial(INITIALIZATIONS[options.pop("method")], **options)
 
 
-def deltas_at(plan: Plan, key: str, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Return the origin (the base, or the experts' mean) and each expert's task vector from it, all float32.
+def deltas_at(plan: Plan, entry: Entry, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Return the origin (the base, or the experts' mean) and each expert's task vector from it, in the compute dtype.
 
-    For a merge of adapters into an adapter the origin is zero: the base's weights are not needed and not read.
+    For a merge of adapters into an adapter the origin is zero, and the base's weights are not read, but for a tensor that
+    an expert holds whole.
     """
-    if plan.base is not None:
-        if plan.recipe.output.format == "adapter":
-            origin = torch.zeros(plan.base.headers[key].shape, device=device)
-        else:
-            origin = check_finite(plan.base.tensor(key).to(device, torch.float32), "the base", key)
-        deltas = []
-        for expert in plan.experts:
-            delta = expert.delta(key, origin)
-            dense = torch.zeros_like(origin) if delta is None else delta.dense(device)
-            deltas.append(check_finite(dense, f"expert {expert.name!r}", key))
-        return origin, deltas
-    values = [
-        check_finite(e.whole_tensor(e.names[key]).to(device, torch.float32), f"expert {e.name!r}", key)
-        for e in plan.experts
-    ]
-    origin = torch.stack(values).mean(0) if len(values) > 1 else values[0]
-    return origin, [value - origin for value in values]
+    key, dtype = entry.key, compute_dtype(plan, device)
+    if plan.base is None:
+        values = [
+            check_finite(e.whole_tensor(e.names[key]).to(device, dtype), f"expert {e.name!r}", key)
+            for e in plan.experts
+        ]
+        origin = torch.stack(values).mean(0) if len(values) > 1 else values[0]
+        return origin, [value - origin for value in values]
+    if entry.origin is None:
+        origin = torch.zeros(entry.header.shape, device=device, dtype=dtype)
+    else:
+        assert plan.base_weights is not None
+        origin = check_finite(plan.base_weights.tensor(entry.origin).to(device, dtype), "the base", key)
+    deltas = []
+    for expert in plan.experts:
+        delta = expert.delta(key, origin)
+        dense = torch.zeros_like(origin) if delta is None else delta.dense(device, dtype)
+        deltas.append(check_finite(dense, f"expert {expert.name!r}", key))
+    return origin, deltas
+
+
+def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """Return what is computed in: float32, or float64 where a model is stored in it and the device has it."""
+    return torch.float64 if plan.is_double and device.type != "mps" else torch.float32
 
 
 def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float, ...]:
     """Return each expert's global trimming threshold, from two passes over the task vectors."""
     assert isinstance(plan.recipe.initialization, Ties)
-    keys = [entry.key for entry in plan.entries if entry.action in (Action.SOLVE, Action.INITIALIZE)]
+    entries = plan.merged_entries
     ranks = [MagnitudeRank(plan.recipe.initialization.density) for _ in plan.experts]
     for number in (1, 2):
-        for key in show(keys, len(keys), f"magnitudes, pass {number} of 2"):
-            _, deltas = deltas_at(plan, key, device)
+        for entry in show(entries, len(entries), f"magnitudes, pass {number} of 2"):
+            _, deltas = deltas_at(plan, entry, device)
             for expert, rank, delta in zip(plan.experts, ranks, deltas, strict=True):
-                if expert.holds(key):  # what an adapter does not touch is no part of its task vector
+                if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
                     rank.add(delta)
         if number == 1:
             for rank in ranks:

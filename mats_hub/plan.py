@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
+from mats_hub.adapter import FoldedAdapter
+from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import MatsError, PlanError
 from mats_hub.expert import Expert
@@ -15,6 +17,12 @@ from mats_hub.source import Source, TensorHeader
 from mats_hub.statistics.file import Statistics
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+LINEAR_INITIALIZATIONS = ("average", "task_arithmetic")
+"""Initializations that commute with products from both sides."""
+
+MATRIX_KINDS = ("gram", "kfac", "task_vector")
+"""The kinds of curvature that act on ``[out, in]`` matrices; the others act on a tensor as it is stored."""
+
 INTERPRETER_BYTES = 450 * 10**6
 """What Python, torch and transformers take before a weight is read."""
 
@@ -39,6 +47,8 @@ class Entry:
         reason: why, in words.
         header: its dtype, shape and file in the reference.
         parameters: for a solved tensor, its name in each expert's statistics.
+        transposed: whether it is stored ``[in, out]``, so that a curvature made of Grams acts on its transpose.
+        origin: its name in the base's weights, where they are read; task vectors start from it.
 
     """
 
@@ -47,6 +57,8 @@ class Entry:
     reason: str
     header: TensorHeader
     parameters: tuple[str, ...] = ()
+    transposed: bool = False
+    origin: str | None = None
 
 
 @dataclass
@@ -55,7 +67,9 @@ class Plan:
 
     Attributes:
         recipe: the recipe, with method ``auto`` resolved, the base named and sources pinned to commits.
-        base: the base's checkpoint, or None when task vectors are taken from the experts' mean.
+        base: the base's checkpoint, or None when task vectors are taken from the experts' mean. For a merge into an adapter
+            its config and the outline of what can be changed: the weights, or (IA)³ vectors.
+        base_weights: the base's weights, where any are read.
         experts: the experts, aligned to the reference.
         statistics: each expert's statistics, or None.
         entries: one per tensor of the reference, in file order.
@@ -67,6 +81,7 @@ class Plan:
 
     recipe: Recipe
     base: Checkpoint | None = None
+    base_weights: Checkpoint | None = None
     experts: list[Expert] = field(default_factory=list)
     statistics: list[Statistics | None] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -92,10 +107,21 @@ class Plan:
         return layout
 
     @property
+    def merged_entries(self) -> list[Entry]:
+        """The tensors that are merged."""
+        return [entry for entry in self.entries if entry.action in (Action.SOLVE, Action.INITIALIZE)]
+
+    @cached_property
+    def is_double(self) -> bool:
+        """Whether a model is stored in float64, so that everything is computed in it."""
+        held = [self.base_weights, *(expert.checkpoint for expert in self.experts)]
+        return any(header.dtype == "F64" for checkpoint in held if checkpoint for header in checkpoint.headers.values())
+
+    @property
     def bytes_to_fetch(self) -> int:
         """Bytes that the merge downloads: weight files that are not on this machine yet."""
         sources = [expert.source for expert in self.experts]
-        sources += [self.base.source] if self.base and self.recipe.output.format == "full" else []
+        sources += [self.base_weights.source] if self.base_weights else []
         return sum(missing_bytes(source) for source in sources)
 
     @property
@@ -114,22 +140,44 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """An upper estimate of the memory the merge needs: the interpreter, and the costliest tensor with its statistics."""
-        return INTERPRETER_BYTES + max((self._working_bytes(entry) for entry in self.entries), default=0)
+        working = max((self._working_bytes(entry) for entry in self.entries), default=0)
+        if self.base and any(isinstance(expert.adapter, FoldedAdapter) for expert in self.experts):
+            working = max(
+                working, 6 * sum(header.numel for header in self.base.headers.values())
+            )  # PEFT holds the base
+        return INTERPRETER_BYTES + working
+
+    def in_factors(self, entry: Entry) -> bool:
+        """Tell whether a weight of a merge into a LoRA adapter is merged in the experts' factors, and not as a dense matrix.
+
+        A linear initialization commutes with products from both sides; a curvature has to act from the right alone, or to
+        be restricted to the span of the factors.
+        """
+        if self.recipe.output.format != "adapter" or self.recipe.initialization.method not in LINEAR_INITIALIZATIONS:
+            return False
+        kind = self.recipe.curvature.kind if entry.action is Action.SOLVE and self.recipe.curvature else None
+        within = self.recipe.solver is not None and self.recipe.solver.subspace == "factors"
+        return kind in (None, "gram", "task_vector") or (kind == "kfac" and within)
 
     def _working_bytes(self, entry: Entry) -> int:
-        n, count = entry.header.numel, len(self.experts)
+        n, count, width = entry.header.numel, len(self.experts), 8 if self.is_double else 4
         if entry.action not in (Action.SOLVE, Action.INITIALIZE):
-            return 2 * entry.header.nbytes
-        tensors = 4 * n * (3 * count + 4)
-        if entry.action is not Action.SOLVE or self.recipe.curvature is None or self.recipe.solver is None:
+            return 2 * entry.header.nbytes if self.recipe.output.format == "full" else 0
+        in_factors, solved = self.in_factors(entry), entry.action is Action.SOLVE
+        if in_factors:  # in float64: the factors, what is stacked of them, their bases and the result
+            held = [(expert, expert.names[entry.key]) for expert in self.experts if expert.holds(entry.key)]
+            tensors = 48 * sum(e.checkpoint.headers[name].numel for e, own in held for name in e.files(own))
+        else:
+            tensors = width * n * (3 * count + 4 + (8 if solved else 0))
+        if not solved or self.recipe.curvature is None or self.recipe.solver is None:
             return tensors
-        tensors += 4 * n * 8
-        if self.recipe.curvature.kind == "fisher":
-            return tensors + 4 * n * (count + 2)
-        squares = [size * size for size in (entry.header.shape[-2:])]
-        held = squares if self.recipe.curvature.kind == "kfac" else [max(squares)]
-        factored = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
-        return tensors + 4 * sum(held) * (count + 2) + (8 * 4 * sum(held) if factored else 0)
+        kind = self.recipe.curvature.kind
+        if kind == "fisher":
+            return tensors + width * n * (count + 2)
+        sizes = {"kfac": entry.header.shape[-2:], "block_fisher": (n,)}.get(kind, (max(entry.header.shape[-2:]),))
+        squares = 0 if in_factors and kind == "task_vector" else sum(size * size for size in sizes)
+        factorized = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
+        return tensors + width * squares * (count + 2) + (32 * squares if factorized else 0)
 
     def counts(self) -> dict[str, int]:
         """Return how many tensors each action is for."""
@@ -160,11 +208,6 @@ class Plan:
         if not self.problems:
             lines.append("nothing stands in the way of this merge")
         return "\n".join(lines)
-
-
-def layer_pattern(name: str) -> str:
-    """Return a tensor's name with its layer numbers blanked (``encoder.layer.*.attention``)."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _grouped(entries: list[Entry]) -> list[str]:

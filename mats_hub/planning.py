@@ -10,18 +10,27 @@ from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from mats_hub.architecture import Architecture, describe
-from mats_hub.checkpoint import Checkpoint, parse_size
+from mats_hub.adapter import LoraAdapter
+from mats_hub.adapter_planning import settle_format, with_origins
+from mats_hub.architecture import Architecture, align, describe, layer_pattern
+from mats_hub.base import open_base
+from mats_hub.checkpoint import parse_size
 from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
-from mats_hub.curvature import Diagonal, Gram, Kronecker
+from mats_hub.curvature import Dense, Diagonal, Gram, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
-from mats_hub.plan import Action, Entry, Plan, layer_pattern
+from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.solver import has_closed_form
-from mats_hub.source import Source, open_source
+from mats_hub.source import open_source
 
-CURVATURE_CLASSES = {"gram": Gram, "kfac": Kronecker, "fisher": Diagonal}
+CURVATURE_CLASSES = {
+    "gram": Gram,
+    "kfac": Kronecker,
+    "fisher": Diagonal,
+    "block_fisher": Dense,
+    "task_vector": Gram,
+}
 
 
 def make_plan(recipe: Recipe, token: str | bool | None = None) -> Plan:
@@ -34,13 +43,18 @@ def make_plan(recipe: Recipe, token: str | bool | None = None) -> Plan:
     """
     plan = Plan(recipe)
     _open_experts(plan, token)
-    _open_base(plan, token)
+    settle_format(plan)
+    open_base(plan, token)
     if plan.problems or not plan.experts:
         return plan
     reference = plan.reference
     for expert in plan.experts:
-        expert.align_to(reference)
-    _check_structure(plan)
+        try:
+            expert.align_to(reference)
+        except MatsError as error:
+            plan.problems.append(error)
+    if not plan.problems:
+        _check_structure(plan)
     structure = not plan.problems
     open_statistics(plan, token)
     _check_method(plan)
@@ -72,59 +86,6 @@ def _open_experts(plan: Plan, token: str | bool | None) -> None:
                 f"two experts are called {name!r}; give each entry of 'experts' its own 'name' (or --name on the command line)"
             )
         )
-
-
-def _open_base(plan: Plan, token: str | bool | None) -> None:
-    """Open the base: the recipe's, else the one the adapters name; check that all adapters agree on it."""
-    adapters = [(expert, expert.adapter) for expert in plan.experts if expert.adapter]
-    spec = plan.recipe.base or next((adapter.base for _, adapter in adapters if adapter.base), None)
-    if spec is None:
-        if adapters:
-            plan.problems.append(
-                RecipeError(
-                    f"adapter {adapters[0][0].source.spec!r} does not name its base; name it with 'base' (--base)"
-                )
-            )
-        return
-    try:
-        plan.base = Checkpoint(open_source(spec, token))
-    except MatsError as error:
-        plan.problems.append(error)
-        return
-    if plan.recipe.allow_other_base:
-        return
-    named: dict[str, Expert] = {}
-    for expert, adapter in adapters:
-        if adapter.base:
-            named.setdefault(adapter.base.partition("@")[0], expert)
-    if len({name.lower() for name in named}) > 1:
-        (one, first), (other, second) = list(named.items())[:2]
-        plan.problems.append(
-            IncompatibleExperts(
-                f"adapter {first.source.spec!r} was trained on base {one!r}, but adapter {second.source.spec!r} on {other!r}; "
-                "task vectors of different bases cannot be merged. If one is a mirror of the other, set "
-                "allow_other_base: true (--allow-other-base)"
-            )
-        )
-    for name, expert in named.items():
-        if not _same_base(name, plan.base.source):
-            plan.problems.append(
-                IncompatibleExperts(
-                    f"adapter {expert.source.spec!r} was trained on base {name!r}, but the merge's base is {spec!r}. Leave "
-                    "'base' out, or, if it is a mirror of the same weights, set allow_other_base: true (--allow-other-base)"
-                )
-            )
-
-
-def _same_base(name: str, base: Source) -> bool:
-    """Tell whether an adapter's base can be this one; a folder is believed unless the name is another folder here."""
-    if base.repo_id:
-        return name.lower() == base.repo_id.lower()
-    try:
-        other = open_source(name) if re.search(r"[/\\]", name) and name.startswith(("/", ".", "~")) else None
-    except MatsError:
-        return True
-    return other is None or other.folder is None or other.fingerprint == base.fingerprint
 
 
 def _check_structure(plan: Plan) -> None:
@@ -193,13 +154,16 @@ def _check_method(plan: Plan) -> None:
                     f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most); use solver 'cg'"
                 )
             )
-    full = [expert for expert in plan.experts if not expert.adapter]
-    if recipe.output.format == "adapter" and full:
-        plan.problems.append(
-            RecipeError(
-                f"output format 'adapter' merges LoRA adapters, but {full[0].source.spec!r} is a full checkpoint; use 'full'"
+    if recipe.solver and recipe.solver.subspace == "factors":
+        lora = all(isinstance(expert.adapter, LoraAdapter) for expert in plan.experts)
+        linear = recipe.initialization.method in LINEAR_INITIALIZATIONS
+        if recipe.output.format != "adapter" or not lora or not linear:
+            plan.problems.append(
+                RecipeError(
+                    "subspace 'factors' solves within the span of LoRA factors, for a merge of LoRA adapters into an adapter "
+                    f"(--format adapter) from {' or '.join(LINEAR_INITIALIZATIONS)}; leave it out (--subspace)"
+                )
             )
-        )
     try:
         parse_size(recipe.output.max_shard_size)
     except ValueError:
@@ -213,6 +177,8 @@ def _fill_entries(plan: Plan) -> None:
     architecture = describe(reference.config)
     heads = _HeadRule(plan, architecture)
     coverage = coverage_of(plan)
+    transposed = set(align(architecture.transposed, reference.headers, architecture.stored_names).values())
+    transposed |= {name for name, (_, turned) in architecture.stacked.items() if turned}
     plan.kept = {expert.name: _kept_extra(plan, expert) for expert in plan.experts}
     misfits: dict[str, list[str]] = {}
     for key, header in reference.headers.items():
@@ -224,9 +190,12 @@ def _fill_entries(plan: Plan) -> None:
             for expert in plan.experts:
                 if expert.holds(key) and expert.names[key] in expert.whole:
                     plan.kept[expert.name].append(expert.names[key])
-        plan.entries.append(Entry(key, action, reason, header, parameters))
-        if recipe.output.format == "adapter" and action in (Action.SOLVE, Action.INITIALIZE):
-            _check_factors(plan, key)
+        measured = zip(plan.statistics, parameters, strict=False)
+        turned = key in transposed or any(s and s.is_transposed(name) for s, name in measured)
+        turned &= recipe.curvature is not None and recipe.curvature.kind in MATRIX_KINDS
+        plan.entries.append(Entry(key, action, reason, header, parameters, turned, key if plan.base_weights else None))
+    if recipe.output.format == "adapter":
+        plan.entries = with_origins(plan)
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(
@@ -236,23 +205,6 @@ def _fill_entries(plan: Plan) -> None:
                 "which takes it from the base, or keep it per expert with keep_per_task (--keep-per-task 'PATTERN')"
             )
         )
-
-
-def _check_factors(plan: Plan, key: str) -> None:
-    """Refuse to write as factors what an adapter holds whole, or as an embedding."""
-    for expert in plan.experts:
-        own = expert.names.get(key)
-        if own is None or expert.adapter is None:
-            continue
-        factors = expert.adapter.factors.get(own)
-        if factors is None or ".lora_embedding_" in factors.A:
-            held = "as an embedding's factors" if factors else "whole"
-            plan.problems.append(
-                RecipeError(
-                    f"adapter {expert.name!r} holds {key!r} {held}, which output format 'adapter' cannot write; use format "
-                    "'full', or leave it out with exclude (--exclude)"
-                )
-            )
 
 
 class _HeadRule:
@@ -278,7 +230,7 @@ def _decide(
     plan: Plan, architecture: Architecture, heads: _HeadRule, key: str, misfits: dict[str, list[str]]
 ) -> tuple[Action, str]:
     recipe, header = plan.recipe, plan.reference.headers[key]
-    if architecture.tied.get(key) in plan.reference.headers:
+    if recipe.output.format == "full" and architecture.tied.get(key) in plan.reference.headers:
         return Action.TIED, f"shares the weight of {architecture.tied[key]}"
     if not header.is_float:
         return Action.COPY, "not real numbers"
@@ -305,7 +257,7 @@ def _decide(
 def _kept_extra(plan: Plan, expert: Expert) -> list[str]:
     kept = []
     for own in expert.extra:
-        if expert.adapter and own in expert.adapter.factors:
+        if expert.adapter and own in expert.adapter.changed:
             plan.problems.append(
                 IncompatibleExperts(
                     f"adapter {expert.name!r} changes {own!r}, which {plan.reference.source.spec!r} does not have; "

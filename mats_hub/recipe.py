@@ -20,7 +20,7 @@ RECIPE_FILE = "mats_recipe.yaml"
 NAME_PATTERN = r"^\w[\w.-]*$"
 """What a task may be called: it becomes a folder's name."""
 
-CurvatureKind = Literal["gram", "kfac", "fisher"]
+CurvatureKind = Literal["gram", "kfac", "fisher", "block_fisher", "task_vector"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -76,7 +76,9 @@ class Curvature(Part):
     """Which directions of each weight matter to each task, and how the tasks are brought to one scale."""
 
     kind: CurvatureKind = Field(
-        "kfac", description="gram (inputs), kfac (inputs and output gradients) or fisher (diagonal)"
+        "kfac",
+        description="gram (inputs), kfac (inputs and output gradients), fisher (diagonal), block_fisher (of a vector) or "
+        "task_vector (Gram of the task vector's own rows: needs no statistics)",
     )
     off_diagonal: float = Field(1.0, ge=0, le=1, description="factor of the Grams' off-diagonal entries (RegMean: 0.9)")
     floor: NonNegative = Field(0.0, description="smallest value of a Fisher entry")
@@ -98,6 +100,10 @@ class Solver(Part):
     preconditioner: Literal["none", "kronecker"] = Field(
         "none", description="none is the paper's path; kronecker (K-FAC only) needs far fewer iterations"
     )
+    subspace: Literal["whole", "factors"] = Field(
+        "whole",
+        description="factors: K-FAC of LoRA adapters solved within the span of their B factors, so that nothing is cut",
+    )
 
 
 class ExpertEntry(Part):
@@ -117,11 +123,12 @@ class ExpertEntry(Part):
 class Output(Part):
     """How the merged model is written."""
 
-    format: Literal["full", "adapter"] = Field(
-        "full", description="full checkpoint, or (from LoRA adapters alone) a LoRA adapter"
+    format: Literal["auto", "full", "adapter"] = Field(
+        "auto",
+        description="full checkpoint, or adapter; auto: an adapter when all experts are of one type, LoRA or (IA)³",
     )
     rank: int | None = Field(
-        None, ge=1, description="rank of a written adapter; the sum of the experts' ranks otherwise"
+        None, ge=1, description="rank of a written LoRA adapter; the sum of the experts' ranks otherwise"
     )
     dtype: Literal["stored", "float32", "float16", "bfloat16"] = Field("stored", description="dtype of merged weights")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$", description="largest shard")
@@ -173,7 +180,11 @@ class Recipe(Part):
             raise ValueError(
                 "preconditioner 'kronecker' belongs to curvature kind 'kfac'; use 'none', or solver method 'exact'"
             )
-        if self.output.rank is not None and self.output.format != "adapter":
+        if self.solver is not None and self.solver.subspace == "factors" and not kfac:
+            raise ValueError(
+                "subspace 'factors' belongs to curvature kind 'kfac': with the others nothing lies outside; leave it out"
+            )
+        if self.output.rank is not None and self.output.format == "full":
             raise ValueError("output rank belongs to output format 'adapter'; a full checkpoint has none")
         return self
 
@@ -267,7 +278,7 @@ class Recipe(Part):
         if self.method != AUTO:
             return self
         content = self.model_dump(exclude={"initialization", "curvature", "solver"})
-        kind = next((kind for kind in ("kfac", "gram", "fisher") if kind in kinds), None)
+        kind = next((kind for kind in ("kfac", "gram", "block_fisher", "fisher") if kind in kinds), None)
         if kind is None:
             return self.from_mapping({**content, "method": DATA_FREE_DEFAULT})
         return self.from_mapping({**content, "method": "mats", "curvature": {"kind": kind}})
@@ -365,3 +376,5 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 CURVATURE_KINDS: tuple[str, ...] = get_args(CurvatureKind)
+STATISTICS_KINDS = tuple(kind for kind in CURVATURE_KINDS if kind != "task_vector")
+"""The kinds of curvature that are made from statistics."""

@@ -31,6 +31,8 @@ class TensorRecord:
         expert_norms: Frobenius norms of the experts' task vectors.
         rank: rank of the written factors, when an adapter is written.
         truncation: relative Frobenius error of cutting the merged task vector to that rank.
+        weighted_truncation: the same in the norm of the curvature, in which the cut is the best one of that rank.
+        outside: for a solve within a subspace, ‖b − A x‖ / ‖b‖ in the whole space.
 
     """
 
@@ -47,6 +49,8 @@ class TensorRecord:
     expert_norms: tuple[float, ...] = ()
     rank: int | None = None
     truncation: float | None = None
+    weighted_truncation: float | None = None
+    outside: float | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
+from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker, LowRank
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem
 
@@ -133,11 +133,10 @@ def conjugate_gradient(
     return Solution(x, outcome, step, tuple(residuals), final, {k: kept.get(k, x) for k in iterates})
 
 
-def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
-    """Return r ↦ P_B⁻¹ r P_A⁻¹, one Kronecker product near Σ Bᵢ ⊗ Aᵢ, or None when a term is no Kronecker product.
+def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
+    """Return one Kronecker product near Σ Bᵢ ⊗ Aᵢ, or None when a term is no Kronecker product or all are zero.
 
-    P_B = Σ Bᵢ tr(Aᵢ) / √t and P_A = Σ Aᵢ tr(Bᵢ) / √t with t = Σ tr(Bᵢ) tr(Aᵢ), each damped by `damping` times its mean
-    diagonal so that a rank-deficient sum can be factored.
+    It is P_B ⊗ P_A with P_B = Σ Bᵢ tr(Aᵢ) / √t, P_A = Σ Aᵢ tr(Bᵢ) / √t and t = Σ tr(Bᵢ) tr(Aᵢ).
 
     Raises:
         NumericalError: a non-finite curvature, or one that is not positive semidefinite.
@@ -155,7 +154,22 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
     total = math.sqrt(squared)
     output = reduce(add, (c.output * (a / total) for c, (_, a) in zip(terms, traces, strict=True)))
     inner = reduce(add, (c.input * (b / total) for c, (b, _) in zip(terms, traces, strict=True)))
-    left, right = (_damped_cholesky(matrix, damping) for matrix in (output, inner))
+    return Kronecker(output, inner)
+
+
+def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
+    """Return r ↦ P_B⁻¹ r P_A⁻¹ with the factors of `nearest_kronecker`, or None where there is none.
+
+    Each factor is damped by `damping` times its mean diagonal, so that a rank-deficient sum can be factored.
+
+    Raises:
+        NumericalError: a non-finite curvature, or one that is not positive semidefinite.
+
+    """
+    near = nearest_kronecker(system)
+    if near is None:
+        return None
+    left, right = (_damped_cholesky(matrix, damping) for matrix in (near.output, near.input))
 
     def apply(residual: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
@@ -188,7 +202,9 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
 
 def has_closed_form(kinds: Sequence[type]) -> bool:
     """Tell whether `exact` solves a system of curvatures of these classes, one per expert."""
-    simple = set(kinds) <= {Identity, Diagonal} or set(kinds) <= {Identity, Gram} or set(kinds) <= {Identity, Dense}
+    simple = (
+        set(kinds) <= {Identity, Diagonal} or set(kinds) <= {Identity, Gram, LowRank} or set(kinds) <= {Identity, Dense}
+    )
     return simple or (set(kinds) == {Kronecker} and len(kinds) <= 2)
 
 
@@ -211,6 +227,8 @@ def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
             _refuse_negative(float(operator.values.min()), float(operator.values.abs().max()))
         seen = operator.values > 0
         return torch.where(seen, r / torch.where(seen, operator.values, 1), 0)
+    if isinstance(operator, LowRank):
+        operator = operator.dense()
     if isinstance(operator, Gram):
         return _solve_symmetric(operator.matrix, r.T).T
     if isinstance(operator, Dense):
@@ -313,6 +331,7 @@ def _refuse_negative(smallest: float, largest: float, eps: float = 0.0) -> None:
 
 
 def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
+    """Return L with L Lᵀ = matrix + `damping` · its mean diagonal · I."""
     wide = _wide(matrix)
     eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     factor, failed = torch.linalg.cholesky_ex(wide + damping * wide.diagonal().mean() * eye)

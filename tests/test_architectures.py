@@ -84,7 +84,7 @@ def test_lora_adapters(family, tmp_path):
         statistics(folder, data, base=str(tmp_path / "base"))
         adapters.append(folder)
     merged = mats_hub.merge(
-        [str(a) for a in adapters], base=str(tmp_path / "base"), method="task_arithmetic", scale=0.7
+        [str(a) for a in adapters], base=str(tmp_path / "base"), method="task_arithmetic", scale=0.7, format="full"
     )
     auto = getattr(transformers, models.AUTO_CLASSES[task_type])
     deltas = []

@@ -39,7 +39,7 @@ def refused_or_merged(expert: Path, base: str, method: str) -> None:
         merged = mats_hub.merge([{"model": str(expert), "name": "it"}], base=base, method=method)
     except MatsError:
         return
-    assert (merged.folder / "config.json").exists()
+    assert (merged.folder / "mats_report.json").exists()
 
 
 def spoiled(family, tmp_path_factory, name: str) -> Path:
@@ -76,7 +76,8 @@ FIELDS = {
     "config.json": ["architectures", "model_type", "id2label", "num_labels", "quantization_config", "hidden_size", "dtype"],
     "adapter_config.json": [
         "peft_type", "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "fan_in_fan_out", "revision",
-        "base_model_name_or_path", "task_type", "use_dora", "bias",
+        "base_model_name_or_path", "task_type", "use_dora", "bias", "init_lora_weights", "target_parameters",
+        "feedforward_modules",
     ],
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
     ("errors", "methods"),
-    ("recipe", "curvature", "delta", "device", "initialization", "progress"),
+    ("recipe", "curvature", "delta", "device", "initialization", "progress", "statistics.sketch"),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "checkpoint", "figures"),
     ("adapter", "statistics.accumulate"),
@@ -27,7 +27,8 @@ FLOORS = (
     ("statistics.measure",),
     ("statistics",),
     ("plan",),
-    ("coverage",),
+    ("coverage", "adapter_planning"),
+    ("base",),
     ("planning", "merging", "evaluation"),
     ("adapter_merging", "card"),
     ("hub", "merged_model"),

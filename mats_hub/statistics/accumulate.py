@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mats_hub.statistics.sketch import nystrom
+
 
 @dataclass
 class Sums:
@@ -15,10 +17,14 @@ class Sums:
 
     Attributes:
         tensors: ``{module}.input_gram`` Σ x xᵀ ``[in, in]``, ``{module}.output_gram`` Σ g gᵀ ``[out, out]`` (float32),
-            ``{parameter}.fisher`` Σ (∂ loss of one example / ∂ parameter)² in the parameter's shape.
+            or of a sketch with probes Ω ``{module}.input_product`` Σ x (xᵀ Ω) ``[in, q]`` and ``{module}.input_diagonal``
+            Σ x² ``[in]``,
+            ``{parameter}.fisher`` Σ (∂ loss of one example / ∂ parameter)² in the parameter's shape,
+            ``{parameter}.block_fisher`` Σ g gᵀ ``[d, d]`` of that gradient, for a vector of d entries.
         tokens: ``{module}`` → the number of unmasked input rows its Grams sum over.
         aliases: module → the module that reads the same input and stores the input Gram for both.
         examples: how many examples were seen.
+        probes: module → Ω ``[in, q]``, where its input Gram is sketched.
 
     """
 
@@ -26,11 +32,21 @@ class Sums:
     tokens: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     examples: int = 0
+    probes: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_inputs(self, module: str, rows: Tensor) -> None:
+        """Add the rows ``[n, in]`` that a module reads to its input Gram, or to the sketch of it."""
+        if module not in self.probes:
+            return self.add_rows(f"{module}.input_gram", rows)
+        rows = rows.detach().to(torch.float32)
+        self.add(f"{module}.input_product", rows.T @ (rows @ self.probes[module].to(rows.device)))
+        self.add(f"{module}.input_diagonal", rows.square().sum(0))
 
     def add_rows(self, key: str, rows: Tensor) -> None:
         """Add Σ r rᵀ over the rows of a ``[n, d]`` tensor to the Gram ``[d, d]`` under `key`."""
         rows = rows.detach().to(torch.float32)
-        self.add(key, rows.T @ rows)
+        gram = rows.T @ rows
+        self.add(key, gram.triu() + gram.triu(1).T)  # a product's two halves may differ in the last digit
 
     def add(self, key: str, value: Tensor) -> None:
         """Add a tensor to the sum under `key`."""
@@ -44,7 +60,25 @@ class Sums:
         if self.aliases != other.aliases or self.tensors.keys() != other.tensors.keys():
             raise ValueError("these sums are of different modules or kinds and cannot be added")
         tensors = {key: value + other.tensors[key] for key, value in self.tensors.items()}
-        return Sums(tensors, _added(self.tokens, other.tokens), dict(self.aliases), self.examples + other.examples)
+        tokens = _added(self.tokens, other.tokens)
+        return Sums(tensors, tokens, dict(self.aliases), self.examples + other.examples, dict(self.probes))
+
+    def finish_sketches(self) -> float:
+        """Replace each sketch's sums by ``{module}.input_factor`` F ``[in, q]`` and ``{module}.input_rest`` ``[in]``.
+
+        Returns:
+            The largest share of a Gram's trace that F Fᵀ leaves to the rest.
+
+        """
+        dropped = 0.0
+        for module, probes in self.probes.items():
+            product = self.tensors.pop(f"{module}.input_product")
+            diagonal = self.tensors.pop(f"{module}.input_diagonal")
+            factor, rest = nystrom(product, probes, diagonal)
+            self.tensors |= {f"{module}.input_factor": factor, f"{module}.input_rest": rest}
+            dropped = max(dropped, float(rest.sum() / diagonal.sum().clamp(min=torch.finfo(torch.float32).tiny)))
+        self.probes = {}
+        return dropped
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mats_hub.errors import NumericalError, StatisticsError
 from mats_hub.statistics.accumulate import Sums
+from mats_hub.statistics.sketch import Sketch
 
 MAX_FEATURES = 16384
 """Modules with more inputs or outputs than this get no Gram: a vocabulary's output Gram alone would take gigabytes."""
@@ -25,16 +26,20 @@ def collect(
     kinds: Collection[str],
     loss: LossFunction,
     masks: MaskFunction = lambda batch: [],
+    only: Collection[str] | None = None,
+    sketch: Sketch | None = None,
 ) -> Sums:
     """Return the sums behind curvatures of the given kinds.
 
     Args:
         model: the expert; it runs in eval mode; its modules' ``training`` and parameters' ``requires_grad`` are left as found.
         batches: model inputs with tensors whose first dimension is the example, on the model's device.
-        kinds: any of ``gram``, ``kfac``, ``fisher``. ``gram`` alone needs no labels and no backward pass.
+        kinds: any of ``gram``, ``kfac``, ``fisher``, ``block_fisher``. ``gram`` alone needs no labels and no backward pass.
         loss: (model, batch) → the sum over the batch's examples of the model's loss on each example alone.
         masks: batch → boolean masks ``[batch, length]`` of the tokens that count, one for each kind of sequence; inputs
             of another shape count whole.
+        only: the parameters to measure; all when None.
+        sketch: how to sketch input Grams, when they are not to be held whole.
 
     Raises:
         NumericalError: a non-finite activation or gradient, naming the module.
@@ -47,10 +52,12 @@ def collect(
     sums = Sums()
     try:
         for batch in batches:
+            if sketch is not None and not sums.examples:
+                _draw_probes(model, batch, sums, masks, only, sketch)
             if "gram" in kinds or "kfac" in kinds:
-                _add_grams(model, batch, sums, "kfac" in kinds, loss, masks)
-            if "fisher" in kinds:
-                _add_fisher(model, batch, sums, loss)
+                _add_grams(model, batch, sums, "kfac" in kinds, loss, masks, only)
+            if "fisher" in kinds or "block_fisher" in kinds:
+                _add_fisher(model, batch, sums, kinds, loss, only)
             sums.examples += _batch_size(batch)
     finally:
         for module, flag in training.items():
@@ -125,10 +132,11 @@ class _GramHooks:
 
     def _add_input(self, name: str, leader: str, rows: Tensor) -> None:
         known = self._sums.aliases.get(name)
-        if known is None and leader != name and f"{name}.input_gram" not in self._sums.tensors:
+        stored = any(f"{name}.input_{what}" in self._sums.tensors for what in ("gram", "product"))
+        if known is None and leader != name and not stored:
             known = self._sums.aliases[name] = leader
         if known is None:
-            self._sums.add_rows(f"{name}.input_gram", rows)
+            self._sums.add_inputs(name, rows)
         elif known != leader:
             raise StatisticsError(
                 f"module {name!r} read the same input as {known!r} at first and another one later; its path through the "
@@ -156,11 +164,19 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def _add_grams(
-    model: nn.Module, batch: Batch, sums: Sums, gradients: bool, loss: LossFunction, masks: MaskFunction
+    model: nn.Module,
+    batch: Batch,
+    sums: Sums,
+    gradients: bool,
+    loss: LossFunction,
+    masks: MaskFunction,
+    only: Collection[str] | None,
 ) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    hooks = _GramHooks(linear_modules(model), sums, gradients, masks(batch))
+    modules = linear_modules(model)
+    chosen = {name: m for name, m in modules.items() if only is None or f"{name}.weight" in only}
+    hooks = _GramHooks(chosen, sums, gradients, masks(batch))
     try:
         with torch.set_grad_enabled(gradients):
             if gradients:
@@ -171,19 +187,47 @@ def _add_grams(
         hooks.remove()
 
 
+def _draw_probes(
+    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None, sketch: Sketch
+) -> None:
+    """Run one batch to see which modules read the same input, and draw the probes of each input."""
+    trial = Sums()
+    _add_grams(model, batch, trial, False, lambda model, batch: torch.zeros(()), masks, only)
+    modules = linear_modules(model)
+    transposed = set(transposed_modules(model))
+    for leader in (name for name in trial.tokens if name not in trial.aliases):
+        members = [leader, *(name for name, other in trial.aliases.items() if other == leader)]
+        out, inner = modules[leader].get_parameter("weight").shape
+        sums.probes[leader] = sketch.probes(members, out if leader in transposed else inner)
+
+
 def _needs_labels(model: nn.Module) -> bool:
     # An encoder-decoder makes its decoder's input from the labels.
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _add_fisher(model: nn.Module, batch: Batch, sums: Sums, loss: LossFunction) -> None:
-    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
+def _add_fisher(
+    model: nn.Module,
+    batch: Batch,
+    sums: Sums,
+    kinds: Collection[str],
+    loss: LossFunction,
+    only: Collection[str] | None,
+) -> None:
+    parameters = {
+        name: p.requires_grad_(True)
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and (only is None or name in only)
+    }
     for index in range(_batch_size(batch)):
         example = {
             key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()
         }
         value = loss(model, example)
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-            squared = torch.zeros_like(parameter) if gradient is None else gradient.square()
-            sums.add(f"{name}.fisher", squared.to(torch.float32))
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+            flat = torch.zeros_like(parameter) if gradient is None else gradient
+            if "fisher" in kinds:
+                sums.add(f"{name}.fisher", flat.square().to(torch.float32))
+            if "block_fisher" in kinds and flat.numel() == max(flat.shape) <= MAX_FEATURES:
+                sums.add_rows(f"{name}.block_fisher", flat.reshape(1, -1))

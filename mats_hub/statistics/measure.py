@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from torch import Tensor
+
+from mats_hub.adapter import Ia3Adapter, LoraAdapter
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.expert import Expert
-from mats_hub.loading import load_expert
+from mats_hub.loading import load_adapted, load_expert
 from mats_hub.progress import Progress, silent
-from mats_hub.recipe import CurvatureKind
+from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
 from mats_hub.statistics.collect import collect, transposed_modules
 from mats_hub.statistics.file import Provenance, Statistics
+from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
+
+MODULES = ("touched", "all")
 
 
 def compute_statistics(
     model: str | Path,
     *,
     dataset: Any,
-    kind: str | Sequence[str] = "kfac",
+    kind: str | Sequence[str] | None = None,
+    modules: str = "touched",
+    for_adapter: bool = False,
+    rank: int = 64,
     config: str | None = None,
     split: str | None = None,
     text: str | Sequence[str] = (),
@@ -44,9 +53,16 @@ def compute_statistics(
     """Measure what curvatures are made from: one pass over a task's data with the task's expert.
 
     Args:
-        model: the expert, a Hub id or folder; an adapter is measured merged into its base.
+        model: the expert, a Hub id or folder. An adapter is measured merged into its base, the vectors of an (IA)³ adapter
+            as they stand beside it.
         dataset: Hub id ``owner/name[@revision]``, JSONL/CSV/Parquet file, or a `datasets.Dataset`.
-        kind: any of ``gram``, ``kfac`` (which holds ``gram``), ``fisher``.
+        kind: any of ``gram``, ``kfac`` (which holds ``gram``), ``fisher``, ``block_fisher`` (of vectors). When not given,
+            ``kfac``, and for an (IA)³ adapter ``block_fisher``.
+        modules: of an adapter, ``touched`` measures only what it changes, ``all`` the whole model (which is needed where the
+            adapters it is merged with change other modules). An (IA)³ adapter's vectors are measured unless it is ``all``.
+        for_adapter: store only what merging a LoRA adapter into an adapter needs: sketches of the input Grams (kind
+            ``gram``) of the modules it touches, a few MB, in which the products with its own A factors are exact.
+        rank: of the sketches; at least the adapter's.
         config: the data set's configuration.
         split: the data set's split (``validation``).
         text: text column, or two of them for sentence pairs; inferred from usual names when not given.
@@ -76,19 +92,29 @@ def compute_statistics(
     """
     from mats_hub import __version__
 
-    kinds = _kinds(kind)
     source = open_source(model, token)
     expert = Expert(source, source.name)
+    vectors = isinstance(expert.adapter, Ia3Adapter) and modules == "touched"
+    if for_adapter and (not isinstance(expert.adapter, LoraAdapter) or kind not in (None, "gram", ["gram"])):
+        raise RecipeError(
+            f"statistics for merging adapters (for_adapter, --for-adapter) are Grams of a LoRA adapter, but {source.spec!r} is a "
+            f"{expert.kind} and the kind asked for is {kind or 'not given'}; leave for_adapter or the kind out"
+        )
+    kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
+    if modules not in MODULES:
+        raise RecipeError(unknown("choice of modules", modules, MODULES))
     base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
     loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
     if len(loaded) > examples:
         loaded = loaded.shuffle(seed=seed).select(range(examples))
     place = choose_device(device)
-    network = load_expert(expert, base_source, dtype, str(place))
+    load = load_adapted if vectors else load_expert
+    network = load(expert, base_source, dtype, str(place))
+    only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target)
     files = [source, *([base_source] if base_source else [])]
     data = open_task(
-        type(network).__name__,
+        type(network.get_base_model() if vectors else network).__name__,
         network.config,
         files,
         loaded,
@@ -97,10 +123,16 @@ def compute_statistics(
         max_length=max_length,
         needs_labels=kinds != ("gram",),
     )
-    size = 1 if kinds == ("fisher",) else batch_size  # Fisher takes examples one by one: alone they need no padding
+    size = (
+        1 if set(kinds) <= {"fisher", "block_fisher"} else batch_size
+    )  # Fisher takes examples one by one: alone they need no padding
     steps = -(-len(loaded) // size)
     batches = (progress or silent)(data.batches(size, place), steps, f"statistics of {source.name}")
-    sums = collect(network, batches, kinds, data.loss, data.masks)
+    sketch = Sketch(rank, _directions(expert.adapter), seed) if isinstance(expert.adapter, LoraAdapter) else None
+    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch if for_adapter else None)
+    dropped = sums.finish_sketches()
+    if vectors:
+        sums.tensors = {_own_name(key): value for key, value in sums.tensors.items()}
     provenance = Provenance(
         kinds=kinds,
         model=source.public_spec,
@@ -117,6 +149,8 @@ def compute_statistics(
         max_length=data.max_length,
         seed=seed,
         dtype=dtype,
+        sketch_rank=rank if for_adapter else None,
+        dropped=dropped,
         transposed=tuple(transposed_modules(network)),
         library_version=__version__,
     )
@@ -126,9 +160,33 @@ def compute_statistics(
     return statistics
 
 
-def _kinds(kind: str | Sequence[str]) -> tuple[str, ...]:
+def _kinds(kind: str | Sequence[str], vectors: bool) -> tuple[str, ...]:
     given = (kind,) if isinstance(kind, str) else tuple(kind)
     for name in given:
-        if name not in get_args(CurvatureKind):
-            raise RecipeError(unknown("kind of statistics", name, get_args(CurvatureKind)))
+        if name not in STATISTICS_KINDS:
+            raise RecipeError(unknown("kind of statistics", name, STATISTICS_KINDS))
+        if vectors and name in ("gram", "kfac"):
+            raise RecipeError(
+                f"kind {name!r} is of linear modules, but an (IA)³ adapter changes vectors; measure block_fisher or fisher, or "
+                "the modules of base and adapter merged into a full checkpoint (modules='all', --modules all)"
+            )
     return tuple(dict.fromkeys(given))
+
+
+def _only(network: Any, expert: Expert, vectors: bool) -> set[str]:
+    """Return the names, in the loaded network, of the parameters that an adapter changes."""
+    assert expert.adapter is not None
+    if vectors:
+        return {name for name, _ in network.named_parameters() if _own_name(name) in expert.adapter.changed}
+    return {*expert.adapter.changed, *expert.adapter.saved}
+
+
+def _directions(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Return the A factor ``[r, in]`` of each linear module that a LoRA adapter changes."""
+    linear = (name for name, factors in adapter.factors.items() if factors.form in ("linear", "parameter"))
+    return {name.removesuffix(".weight"): adapter.delta(name).A for name in linear}
+
+
+def _own_name(name: str) -> str:
+    """Return how the adapter's file calls a parameter of a PEFT model, or a sum over it."""
+    return name.removeprefix("base_model.model.").replace(".ia3_l.default", ".ia3_l")

@@ -1,9 +1,9 @@
 """Every method on real experts, its setting chosen on validation data: accuracy and the mean of merged ÷ expert.
 
-    python tests/benchmarks/experts.py --experts EXPERTS --tasks TASKS --base BASE [--statistics FOLDER]
+    python tests/benchmarks/experts.py --experts EXPERTS --tasks TASKS --base BASE [--statistics FOLDER] [--only TEXT]
 
-EXPERTS holds a folder per expert; TASKS a folder of the same name with validation.jsonl and test.jsonl (text, label).
-Statistics are measured on the validation data, once, into --statistics.
+EXPERTS holds a folder per expert, LoRA or (IA)³ adapters (train_experts.py trains such); TASKS a folder of the same name with
+validation.jsonl and test.jsonl (text, label). Statistics are measured on the validation data, once, into --statistics.
 """
 
 from __future__ import annotations
@@ -45,6 +45,36 @@ METHODS: dict[str, list[dict]] = {
     ),
 }
 
+SKETCHED = {"for_adapter": True, "rank": 16}
+WITHIN = {**KFAC, "subspace": ["factors"]}
+BLOCK = {"method": ["mats"], "curvature": ["block_fisher"], "iterations": [3, 10, 30, 100]}
+LORA_METHODS: dict[str, list[dict]] = {
+    **METHODS,
+    "RegMean, rank 8": grid(method=["regmean"], off_diagonal=[0.9, 1.0], rank=[8]),
+    "MaTS, K-FAC, within the factors' span": grid(**WITHIN, iterations=[20, 50, 100]),
+    "MaTS, K-FAC, within the factors' span, preconditioned": grid(
+        **WITHIN, preconditioner=["kronecker"], iterations=[2, 5, 20]
+    ),
+    "MaTS, task vectors' own Grams": grid(
+        method=["mats"],
+        curvature=["task_vector"],
+        normalization=["trace"],
+        initialization=["task_arithmetic"],
+        scale=[0.4, 0.5, 0.6],
+        iterations=[1, 2, 5],
+    ),
+    "RegMean, sketched Grams": grid(method=["regmean"], off_diagonal=[0.9, 1.0]),
+    "MaTS, sketched Grams, from average": grid(method=["mats"], curvature=["gram"], iterations=[10, 50, 100]),
+}
+IA3_METHODS: dict[str, list[dict]] = {
+    **{name: METHODS[name] for name in ("average", "task arithmetic", "TIES", "DARE", "Fisher")},
+    "MaTS, block Fisher, from average": grid(**BLOCK),
+    "MaTS, block Fisher, from task arithmetic": grid(
+        **BLOCK, initialization=["task_arithmetic"], scale=[0.3, 0.4, 0.5, 0.6]
+    ),
+    "MaTS, block Fisher, from TIES": grid(**BLOCK, initialization=["ties"], scale=[1.0, 1.5]),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,7 +90,7 @@ def main() -> None:
     bench = Benchmark(arguments)
     bench.measure()
     print(f"experts alone, test accuracy: {json.dumps(bench.alone)}", flush=True)
-    for name, settings in METHODS.items():
+    for name, settings in (LORA_METHODS if bench.lora else IA3_METHODS).items():
         if arguments.only is None or arguments.only in name:
             bench.run(name, settings)
 
@@ -73,6 +103,8 @@ class Benchmark:
         self.examples = arguments.examples
         self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
         self.experts = {task: arguments.experts / task for task in self.tasks}
+        config = json.loads((next(iter(self.experts.values())) / "adapter_config.json").read_text())
+        self.lora = config["peft_type"] == "LORA"
         self.alone = {task: round(self.score_expert(task), 4) for task in self.tasks}
 
     def score_expert(self, task: str) -> float:
@@ -82,32 +114,40 @@ class Benchmark:
         return mats_hub.evaluate(model, dataset=test, processor=self.base, max_length=self.max_length)
 
     def measure(self) -> None:
-        for task, folder in self.tasks.items():
-            target = self.statistics / f"{task}.safetensors"
-            if not target.exists():
-                mats_hub.compute_statistics(
-                    self.experts[task], base=str(self.base), dataset=folder / "validation.jsonl", kind=["kfac", "fisher"],
-                    examples=self.examples, max_length=self.max_length, output=target,
-                )  # fmt: skip
+        kinds: dict[str, dict] = {"": {"kind": ["kfac", "fisher"]}, "-sketch": SKETCHED}
+        for ending, options in (kinds if self.lora else {"": {"kind": ["block_fisher", "fisher"]}}).items():
+            for task, folder in self.tasks.items():
+                target = self.statistics / f"{task}{ending}.safetensors"
+                if not target.exists():
+                    mats_hub.compute_statistics(
+                        self.experts[task], base=str(self.base), dataset=folder / "validation.jsonl", output=target,
+                        examples=self.examples, max_length=self.max_length, **options,
+                    )  # fmt: skip
 
     def score(self, model: mats_hub.MergedModel, split: str) -> dict[str, float]:
         return {
             task: mats_hub.evaluate(
-                model.folder, task=task, dataset=folder / f"{split}.jsonl", max_length=self.max_length
+                model.folder,
+                task=task,
+                base=self.base,
+                processor=self.base,
+                dataset=folder / f"{split}.jsonl",
+                max_length=self.max_length,
             )
             for task, folder in self.tasks.items()
         }
 
     def run(self, name: str, settings: list[dict]) -> None:
         """Merge with every setting, choose on validation, print the chosen one's test scores as a table row."""
+        ending = "-sketch" if "sketched" in name else ""
         entries = [
-            {"model": str(self.experts[task]), "statistics": str(self.statistics / f"{task}.safetensors")}
+            {"model": str(self.experts[task]), "statistics": str(self.statistics / f"{task}{ending}.safetensors")}
             for task in self.tasks
         ]
         best = None
         for setting in settings:
             started = time.perf_counter()
-            model = mats_hub.merge(entries, base=str(self.base), **setting)
+            model = mats_hub.merge(entries, base=str(self.base), allow_other_base=True, **setting)
             seconds = time.perf_counter() - started
             validation = self.mean(self.score(model, "validation"))
             print(f"  {name} {setting}: validation {validation:.4f}, {seconds:.0f} s", flush=True)
