@@ -269,9 +269,11 @@ def _statistics_rows(report: MergeReport) -> list[dict[str, Any]]:
                     "split": s["dataset_split"] or "whole file",
                     "examples": s["examples"],
                     "tokens": s["tokens"],
-                    "labels": {"data": "of the data (empirical Fisher)", "none": "none needed"}.get(
-                        s["label_source"], s["label_source"]
-                    ),
+                    "labels": {
+                        "data": "of the data (empirical Fisher)",
+                        "model": "drawn from the model (true Fisher)",
+                        "none": "none needed",
+                    }.get(s["label_source"], s["label_source"]),
                 }
             )
     return rows

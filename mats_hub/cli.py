@@ -31,6 +31,8 @@ DATA_OPTIONS: dict[str, str] = {
     "label": "label column; inferred from usual names otherwise",
     "image": "image column",
     "target": "target text column",
+    "messages": "column of conversations, put through the chat template; only the assistant's tokens count",
+    "labels": "data (empirical Fisher) or model (true Fisher: drawn from its predictions)",
     "task": "the kind of task, when the model's class does not tell",
 }
 
@@ -119,7 +121,8 @@ def _add_statistics(commands: Any) -> None:
     )
     statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
     for name, text in DATA_OPTIONS.items():
-        statistics.add_argument(f"--{name}", help=text, required=name == "dataset")
+        default = {"default": "data"} if name == "labels" else {}
+        statistics.add_argument(f"--{name}", help=text, required=name == "dataset", **default)
     statistics.add_argument("--base", help="an adapter's base, when it is not the one it names")
     statistics.add_argument("--examples", type=int, default=1000, help="at most so many (default: %(default)s)")
     statistics.add_argument(

@@ -22,6 +22,7 @@ def evaluate(
     label: str | None = None,
     image: str | None = None,
     target: str | None = None,
+    messages: str | None = None,
     processor: str | Path | None = None,
     base: str | Path | None = None,
     batch_size: int = 64,
@@ -41,6 +42,7 @@ def evaluate(
         label: label column.
         image: image column.
         target: target text column.
+        messages: column of conversations.
         processor: where tokenizer or image processor come from; the merged model itself otherwise.
         base: the base of a merged adapter, when it is not the one it names.
         batch_size: examples in one pass.
@@ -63,6 +65,6 @@ def evaluate(
             "a loaded model needs 'processor': the folder or id its tokenizer or image processor comes from"
         )
     files = [open_source(processor if processor is not None else model, token)]
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target)
+    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
     return data.accuracy(network.to(place), batch_size, place)

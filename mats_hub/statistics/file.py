@@ -39,7 +39,7 @@ class Provenance:
         columns: role → column of the data set.
         examples: how many examples were seen, shuffled with `seed` when they are not all.
         tokens: how many unmasked rows the widest-seen module saw.
-        label_source: ``data`` (empirical Fisher); none for Grams alone.
+        label_source: ``data`` (empirical Fisher), ``model`` (true Fisher), or none for Grams alone.
         max_length: tokens after which a text was cut, when it was.
         dtype: the dtype the model ran in.
         sketch_rank: columns of the sketches, where input Grams are sketched.

@@ -22,6 +22,7 @@ from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
 
 MODULES = ("touched", "all")
+LABELS = ("data", "model")
 
 
 def compute_statistics(
@@ -38,6 +39,8 @@ def compute_statistics(
     label: str | None = None,
     image: str | None = None,
     target: str | None = None,
+    messages: str | None = None,
+    labels: str = "data",
     task: str | None = None,
     base: str | None = None,
     examples: int = 1000,
@@ -69,6 +72,9 @@ def compute_statistics(
         label: label column.
         image: image column.
         target: target text column.
+        messages: column of conversations (lists of role and content), put through the tokenizer's chat template; only the
+            assistant's tokens count in the loss.
+        labels: ``data`` (empirical Fisher) or ``model`` (true Fisher: drawn from the model's own predictions).
         task: the kind of task, when the model's class does not tell.
         base: an adapter's base, when it is not the one it names.
         examples: at most so many, drawn at random when there are more.
@@ -101,8 +107,9 @@ def compute_statistics(
             f"{expert.kind} and the kind asked for is {kind or 'not given'}; leave for_adapter or the kind out"
         )
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
-    if modules not in MODULES:
-        raise RecipeError(unknown("choice of modules", modules, MODULES))
+    for choice, value, known in (("choice of modules", modules, MODULES), ("source of labels", labels, LABELS)):
+        if value not in known:
+            raise RecipeError(unknown(choice, value, known))
     base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
     loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
     if len(loaded) > examples:
@@ -111,7 +118,7 @@ def compute_statistics(
     load = load_adapted if vectors else load_expert
     network = load(expert, base_source, dtype, str(place))
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target)
+    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
     files = [source, *([base_source] if base_source else [])]
     data = open_task(
         type(network.get_base_model() if vectors else network).__name__,
@@ -121,11 +128,12 @@ def compute_statistics(
         columns,
         task=task,
         max_length=max_length,
-        needs_labels=kinds != ("gram",),
+        needs_labels=kinds != ("gram",) and labels == "data",
     )
-    size = (
-        1 if set(kinds) <= {"fisher", "block_fisher"} else batch_size
-    )  # Fisher takes examples one by one: alone they need no padding
+    if labels == "model":
+        data.draw_labels(network, seed, place)
+    one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding
+    size = 1 if one_by_one else batch_size
     steps = -(-len(loaded) // size)
     batches = (progress or silent)(data.batches(size, place), steps, f"statistics of {source.name}")
     sketch = Sketch(rank, _directions(expert.adapter), seed) if isinstance(expert.adapter, LoraAdapter) else None
@@ -145,7 +153,7 @@ def compute_statistics(
         columns=data.columns.as_dict(),
         examples=sums.examples,
         tokens=max(sums.tokens.values(), default=0),
-        label_source="none" if kinds == ("gram",) else "data",
+        label_source="none" if kinds == ("gram",) else labels,
         max_length=data.max_length,
         seed=seed,
         dtype=dtype,

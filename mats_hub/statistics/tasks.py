@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Columns:
     label: str | None = None
     image: str | None = None
     target: str | None = None
+    messages: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the roles that are taken."""
@@ -64,6 +66,7 @@ class TaskData:
         tokenizer: for text.
         processor: for images.
         max_length: tokens after which a text is cut.
+        drawn: row → labels drawn from the model's predictions, in place of the data's.
 
     """
 
@@ -74,6 +77,7 @@ class TaskData:
     tokenizer: Any = None
     processor: Any = None
     max_length: int | None = None
+    drawn: dict[int, Any] = field(default_factory=dict)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
         """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
@@ -81,16 +85,56 @@ class TaskData:
         Texts without a single token (the empty lines of a language-model corpus) are left out.
         """
         for start in range(0, len(self.dataset), size):
-            rows = self.dataset.select(range(start, min(start + size, len(self.dataset))))
-            features = [f for f in (self.task.encode(self, row) for row in rows) if f.get("input_ids") != []]
+            indices = range(start, min(start + size, len(self.dataset)))
+            features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
             if features:
                 yield {key: value.to(device) for key, value in self._padded(features).items()}
+
+    def _features(self, index: int) -> dict[str, Any]:
+        features = self.task.encode(self, self.dataset[index])
+        return {**features, "labels": self.drawn[index]} if index in self.drawn else features
+
+    @torch.no_grad()
+    def draw_labels(self, model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
+        """Take, from now on, labels drawn from the model's own predictions (of the true Fisher) for every example.
+
+        Tokens are drawn for each place given the data's tokens before it. A draw depends on the seed and the example's
+        place alone. A regression's label is drawn from a normal distribution of variance one about the prediction.
+        """
+        model.eval()
+        for index in range(len(self.dataset)):
+            features = self._features(index)
+            if features.get("input_ids") == []:
+                continue
+            batch = {key: value.to(device) for key, value in self._padded([features]).items()}
+            logits = model(**batch).logits[0].float().cpu()
+            digest = hashlib.sha256(f"{seed}\0{index}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            self.drawn[index] = self._draw(logits, features.get("labels"), generator)
+
+    def _draw(self, logits: Tensor, labels: Any, generator: torch.Generator) -> Any:
+        if self.task.per_token:
+            shift = 0 if self.config.is_encoder_decoder else 1
+            tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+            moved = [IGNORED] * shift + tokens
+            return [IGNORED if old == IGNORED else new for old, new in zip(labels, moved, strict=False)]
+        if _is_regression(self.config):
+            drawn = logits + torch.randn(logits.shape, generator=generator)
+            return float(drawn) if len(drawn) == 1 else drawn.tolist()
+        if self.config.problem_type == "multi_label_classification":
+            return torch.bernoulli(logits.sigmoid(), generator=generator).tolist()
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
     def _padded(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
         padding = {"labels": IGNORED, "input_ids": getattr(self.tokenizer, "pad_token_id", None) or 0}
         lengths = {k: max(len(f[k]) for f in features) for k, v in features[0].items() if isinstance(v, list)}
-        if "labels" in lengths and self.config.is_encoder_decoder and lengths["labels"] == lengths.get("input_ids"):
+        if (
+            self.task.per_token
+            and self.config.is_encoder_decoder
+            and lengths.get("labels")
+            and lengths["labels"] == lengths.get("input_ids")
+        ):
             lengths["labels"] += 1  # the two sides must differ in length, for their masks are told apart by shape
         for key in features[0]:
             values = [feature[key] for feature in features]
@@ -103,12 +147,18 @@ class TaskData:
                 batch[key] = torch.tensor(values)
         return batch
 
+    def templated(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        """Return the tokens of a conversation in the tokenizer's chat template."""
+        if not self.tokenizer.chat_template:
+            raise StatisticsError("the tokenizer has no chat template; give the data as plain text (--text)")
+        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
     def masks(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
         masks = []
         if "attention_mask" in batch:
             masks.append(batch["attention_mask"].bool())
-        if self.config.is_encoder_decoder and "labels" in batch:
+        if self.task.per_token and self.config.is_encoder_decoder and "labels" in batch:
             masks.append(batch["labels"] != IGNORED)
         return masks
 
@@ -125,7 +175,17 @@ class TaskData:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, batch_size: int = 64, device: torch.device | str = "cpu") -> float:
-        """Return the share of labels (of tokens, for language models) that `model` predicts, in [0, 1]."""
+        """Return the share of labels (of tokens, for language models) that `model` predicts, in [0, 1].
+
+        Raises:
+            StatisticsError: the model predicts numbers, not labels.
+
+        """
+        if _is_regression(self.config) and not self.task.per_token:
+            raise StatisticsError(
+                "a regression head predicts numbers, of which there is no accuracy; compare them yourself"
+            )
+        several = self.config.problem_type == "multi_label_classification"
         model.eval()
         right = count = 0
         for batch in self.batches(batch_size, device):
@@ -133,7 +193,8 @@ class TaskData:
             if self.task.per_token:
                 logits, labels = self._shifted(logits, labels)
             counted = labels != IGNORED
-            right += int((logits.argmax(-1) == labels)[counted].sum())
+            predicted = (logits > 0).to(labels) if several else logits.argmax(-1)
+            right += int((predicted == labels)[counted].sum())
             count += int(counted.sum())
         return right / max(count, 1)
 
@@ -156,6 +217,27 @@ def _encode_causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     return {**features, "labels": list(features["input_ids"])}
 
 
+def _encode_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
+    messages = row[data.columns.messages or ""]
+    ids: list[int] = []
+    labels: list[int] = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = data.templated(messages[:position], add_generation_prompt=True)
+        turn = data.templated(messages[: position + 1])
+        if turn[: len(prompt)] != prompt or prompt[: len(ids)] != ids:
+            raise StatisticsError(
+                "the tokenizer's chat template changes earlier turns when one is added, so that the assistant's tokens cannot be "
+                "told from the others; give the data as plain text, or conversations of one answer each"
+            )
+        labels += [IGNORED] * (len(prompt) - len(ids)) + turn[len(prompt) :]
+        ids = turn
+    cut = slice(0, data.max_length)
+    return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+
+
 def _encode_seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     target = data.tokenizer(
         text_target=row[data.columns.target or ""], truncation=data.max_length is not None, max_length=data.max_length
@@ -172,7 +254,31 @@ def _encode_image_classification(data: TaskData, row: dict[str, Any]) -> dict[st
 def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     if data.columns.label is None:
         return {}
-    value = row[data.columns.label]
+    value, config = row[data.columns.label], data.config
+    if _is_regression(config):
+        return {"labels": [float(v) for v in value] if isinstance(value, list) else float(value)}
+    if config.problem_type == "multi_label_classification":
+        return {"labels": _indicators(data, value)}
+    return {"labels": _label_id(data, value)}
+
+
+def _is_regression(config: Any) -> bool:
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+
+
+def _indicators(data: TaskData, value: Any) -> list[float]:
+    """Return zeros and ones for each label, from such a list or from a list of the labels that hold."""
+    if not isinstance(value, list):
+        raise StatisticsError(
+            f"label {value!r} in column {data.columns.label!r} is no list, but the model gives an example several labels"
+        )
+    if len(value) == data.config.num_labels and all(v in (0, 1, 0.0, 1.0) for v in value):
+        return [float(v) for v in value]
+    held = {_label_id(data, v) for v in value}
+    return [float(i in held) for i in range(data.config.num_labels)]
+
+
+def _label_id(data: TaskData, value: Any) -> int:
     if isinstance(value, str):
         known = data.config.label2id or {}
         if value not in known:
@@ -183,7 +289,7 @@ def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
             f"label {value!r} in column {data.columns.label!r}, but the model has {data.config.num_labels} labels "
             f"(0 to {data.config.num_labels - 1}); is this the data set the expert was trained on?"
         )
-    return {"labels": int(value)}
+    return int(value)
 
 
 TASKS: dict[str, Task] = {
@@ -191,6 +297,7 @@ TASKS: dict[str, Task] = {
         "text-classification", ("ForSequenceClassification",), ("text", "label"), _encode_text_classification
     ),
     "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), _encode_causal_lm, per_token=True),
+    "chat": Task("chat", (), ("messages",), _encode_chat, per_token=True),
     "seq2seq": Task(
         "seq2seq", ("ForConditionalGeneration", "ForSeq2SeqLM"), ("text", "target"), _encode_seq2seq, per_token=True
     ),
@@ -211,6 +318,7 @@ COLUMN_NAMES = {
     "label": ("label", "labels"),
     "image": ("image", "img"),
     "target": ("target", "output", "summary", "answer"),
+    "messages": ("messages", "conversations"),
 }
 """Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
 
@@ -238,7 +346,7 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
 
     """
     present = list(dataset.column_names)
-    for column in (*given.text, given.label, given.image, given.target):
+    for column in (*given.text, given.label, given.image, given.target, given.messages):
         if column is not None and column not in present:
             raise StatisticsError(unknown("column", column, present))
     chosen: dict[str, Any] = {}
@@ -249,7 +357,9 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
                 f"cannot tell which column is the {role}; name it with --{role}. The data set has: {', '.join(present)}"
             )
         chosen[role] = value or None
-    return Columns(text=tuple(chosen.get("text") or ()), **{r: chosen.get(r) for r in ("label", "image", "target")})
+    return Columns(
+        text=tuple(chosen.get("text") or ()), **{r: chosen.get(r) for r in ("label", "image", "target", "messages")}
+    )
 
 
 def _infer_role(role: str, present: Sequence[str]) -> Any:
@@ -345,6 +455,8 @@ def open_task(
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
+    if task is None and kind.name == "causal-lm" and not columns.text and _infer_role("messages", dataset.column_names):
+        kind = TASKS["chat"]
     chosen = infer_columns(dataset, columns, kind.roles, needs_labels)
     data = TaskData(kind, dataset, chosen, config)
     if "image" in kind.roles:

@@ -1,0 +1,189 @@
+"""Losses and labels: what statistics of gradients are measured against, for every kind of head and of label."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import models
+import pytest
+import torch
+import transformers
+
+import mats_hub
+from mats_hub.errors import StatisticsError
+from mats_hub.source import open_source
+from mats_hub.statistics.tasks import IGNORED, Columns, TaskData, open_task
+
+TEXTS = models.tiny_texts(6, 1, shortest=3)
+TEMPLATE = (
+    "{% for m in messages %}{{ '[CLS] ' if m['role'] == 'user' else '<s> ' }}{{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> {% endif %}"
+)
+
+
+def task_of(folder: Path, rows: dict[str, list[Any]], needs_labels: bool = True) -> tuple[Any, TaskData]:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = config.architectures[0]
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    data = datasets.Dataset.from_dict(rows)
+    return model, open_task(name, config, [open_source(folder)], data, Columns(), needs_labels=needs_labels)
+
+
+HEADS: dict[str, tuple[dict[str, Any], list[Any], Any]] = {
+    # name: config, labels, the loss of one example from its logits and its label
+    "one label of three": (
+        {"labels": 3},
+        [0, 1, 2, 1, 0, 2],
+        lambda z, y: torch.nn.functional.cross_entropy(z, torch.tensor(y)),
+    ),
+    "regression": (
+        {"labels": 1, "problem_type": "regression"},
+        [0.5, -1.0, 2.0, 0.0, 1.5, -0.5],
+        lambda z, y: (z[0] - y).square(),
+    ),
+    "several labels, as zeros and ones": (
+        {"labels": 3, "problem_type": "multi_label_classification"},
+        [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0]],
+        lambda z, y: torch.nn.functional.binary_cross_entropy_with_logits(z, torch.tensor(y, dtype=torch.float32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_is_the_sum_over_examples_whatever_the_batch(name, tmp_path):
+    options, labels, loss = HEADS[name]
+    models.tiny_bert_classifier(tmp_path, **options)
+    model, data = task_of(tmp_path, {"text": TEXTS, "label": labels})
+    logits = [model(**data.tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
+    expected = sum(loss(z, y) for z, y in zip(logits, labels, strict=True))
+    for size in (1, 4, 6):
+        found = sum(data.loss(model, batch) for batch in data.batches(size))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_by_name_are_those_by_place(tmp_path):
+    names = {0: "red", 1: "green", 2: "blue"}
+    models.tiny_bert_classifier(
+        tmp_path,
+        labels=3,
+        problem_type="multi_label_classification",
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+    )
+    _, data = task_of(tmp_path, {"text": TEXTS[:3], "label": [["blue", "red"], [], ["green"]]})
+    assert next(data.batches(3))["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    _, data = task_of(tmp_path, {"text": TEXTS[:1], "label": [["pink"]]})
+    with pytest.raises(StatisticsError, match="unknown label 'pink'"):
+        next(data.batches(1))
+    _, data = task_of(tmp_path, {"text": TEXTS[:1], "label": [1]})
+    with pytest.raises(StatisticsError, match="1 in column 'label' is no list"):
+        next(data.batches(1))
+
+
+def test_accuracy_counts_labels_and_a_regression_has_none(tmp_path):
+    options, labels, _ = HEADS["several labels, as zeros and ones"]
+    models.tiny_bert_classifier(tmp_path / "several", **options)
+    model, data = task_of(tmp_path / "several", {"text": TEXTS, "label": labels})
+    logits = torch.stack([model(**data.tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS])
+    assert data.accuracy(model) == pytest.approx(float(((logits > 0) == torch.tensor(labels)).float().mean()))
+    models.tiny_bert_classifier(tmp_path / "one", labels=1, problem_type="regression")
+    model, data = task_of(tmp_path / "one", {"text": TEXTS, "label": [0.5] * 6})
+    with pytest.raises(StatisticsError, match="predicts numbers"):
+        data.accuracy(model)
+
+
+DRAWN = {
+    "one label of three": (models.tiny_bert_classifier, {"labels": 3}, {}),
+    "regression": (models.tiny_bert_classifier, {"labels": 1, "problem_type": "regression"}, {}),
+    "several labels": (models.tiny_bert_classifier, {"labels": 3, "problem_type": "multi_label_classification"}, {}),
+    "causal": (models.tiny_llama, {}, {}),
+    "sequence to sequence": (models.tiny_t5, {}, {"target": models.tiny_texts(6, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_drawn_labels_follow_the_models_predictions(name, tmp_path):
+    factory, options, columns = DRAWN[name]
+    factory(tmp_path, **options)
+    rows = {"text": [TEXTS[0]] * 300, **{key: [value[0]] * 300 for key, value in columns.items()}}
+    model, data = task_of(tmp_path, rows, needs_labels=False)
+    data.draw_labels(model, seed=0)
+    batch = next(data.batches(300))
+    with torch.no_grad():
+        logits = model(**{key: value[:1] for key, value in batch.items()}).logits[0]
+    drawn = batch["labels"]
+    if name == "regression":
+        assert float(drawn.mean()) == pytest.approx(float(logits[0]), abs=0.2)
+        assert float(drawn.std()) == pytest.approx(1, abs=0.15)
+        return
+    if name == "several labels":
+        torch.testing.assert_close(drawn.mean(0), logits.sigmoid(), rtol=0, atol=0.12)
+        return
+    if data.task.per_token:
+        place = 1 if name == "causal" else 0
+        assert (drawn[:, 0] == IGNORED).all() == bool(place)
+        drawn, logits = drawn[:, place], logits[0]
+    counts = torch.bincount(drawn, minlength=logits.shape[-1]) / 300
+    torch.testing.assert_close(counts, logits.softmax(-1), rtol=0, atol=0.12)
+
+
+def test_true_fisher_needs_no_labels_and_is_recorded(tmp_path):
+    models.tiny_bert_classifier(tmp_path / "expert", labels=3)
+    rows = datasets.Dataset.from_dict({"text": models.tiny_texts(12, 4)})
+    options = {"dataset": rows, "kind": ["fisher", "kfac"], "labels": "model"}
+    one = mats_hub.compute_statistics(tmp_path / "expert", batch_size=1, **options)
+    other = mats_hub.compute_statistics(tmp_path / "expert", batch_size=5, **options)
+    assert one.provenance.label_source == "model"
+    for key in one.keys():  # noqa: SIM118
+        torch.testing.assert_close(one.tensor(key), other.tensor(key), rtol=1e-4, atol=1e-5)
+    another = mats_hub.compute_statistics(tmp_path / "expert", seed=1, **options)
+    assert not torch.allclose(one.tensor("classifier.weight.fisher"), another.tensor("classifier.weight.fisher"))
+    with pytest.raises(StatisticsError, match="which column is the label"):
+        mats_hub.compute_statistics(tmp_path / "expert", dataset=rows, kind="fisher")
+    with pytest.raises(mats_hub.MatsError, match="source of labels 'modle'"):
+        mats_hub.compute_statistics(tmp_path / "expert", dataset=rows, labels="modle")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    models.tiny_llama(folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_of_a_conversation_only_the_assistants_tokens_count(chat):
+    talk = turns("the film was good", "it was dull", "so", "we liked the plot")
+    _, data = task_of(chat, {"messages": [talk, talk[:2], talk[:1]]})
+    assert data.task.name == "chat"
+    batch = next(data.batches(3))
+    assert len(batch["input_ids"]) == 2, "a conversation without an answer has nothing to learn from"
+    for row, answers in ((0, ["it was dull </s>", "we liked the plot </s>"]), (1, ["it was dull </s>"])):
+        labels = batch["labels"][row]
+        counted = labels[labels != IGNORED]
+        assert data.tokenizer.decode(counted).split() == " ".join(answers).split()
+        assert (batch["input_ids"][row][labels != IGNORED] == counted).all()
+    statistics = mats_hub.compute_statistics(
+        chat, dataset=datasets.Dataset.from_dict({"messages": [talk, talk[:2]]}), kind="gram"
+    )
+    assert statistics.provenance.task == "chat"
+    assert statistics.provenance.columns == {"messages": "messages"}
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(chat, tmp_path):
+    models.tiny_llama(tmp_path)
+    _, data = task_of(tmp_path, {"messages": [turns("so", "we liked it")]})
+    with pytest.raises(StatisticsError, match="no chat template"):
+        next(data.batches(1))
+    _, data = task_of(chat, {"messages": [turns("so", "we liked it", "then", "it was good")]})
+    data.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(StatisticsError, match="changes earlier turns"):
+        next(data.batches(1))
