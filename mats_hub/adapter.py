@@ -123,7 +123,8 @@ class Adapter:
         raise NotImplementedError
 
     def _save(self, own: str, name: str) -> None:
-        self.saved[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
+        if ".original_module." not in own:  # what modules_to_save has replaced; PEFT saves its biases with bias="all"
+            self.saved[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
 
     def _unknown(self, name: str) -> CheckpointError:
         return CheckpointError(
@@ -192,6 +193,8 @@ class LoraAdapter(Adapter):
                 self._bare.setdefault(module, []).append(pair)
             else:
                 self.factors[f"{module}.weight"] = self._of_module(module, embedding, pair)
+        for name in self.factors:  # beside factors of an embedding PEFT saves the base's own weight, unchanged
+            self.saved.pop(name, None)
         for module, held in self._bare.items():
             # PEFT wraps a module once for each parameter: the first one's factors lie the deepest.
             held.sort(key=lambda pair: -pair["A"].count(".base_layer"))

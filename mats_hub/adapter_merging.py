@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.adapter import Factors, Ia3Adapter, LoraAdapter
+from mats_hub.architecture import describe
 from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.curvature import Gram, LowRank
 from mats_hub.delta import LowRankDelta
@@ -98,9 +99,10 @@ class _Part:
 def _parts(plan: Plan) -> list[_Part]:
     """Return what the merged adapter holds; every tensor's rank, dtype and shape are known from headers."""
     parts: list[_Part] = []
+    own_names, wanted = _own_names(plan), OUTPUT_DTYPES.get(plan.recipe.output.dtype)
     for entry in reversed(plan.merged_entries):
         holders = [(expert, expert.names[entry.key]) for expert in plan.experts if expert.holds(entry.key)]
-        own, wanted = _own_name(plan, entry.key), OUTPUT_DTYPES.get(plan.recipe.output.dtype)
+        own = own_names[entry.key]
         files = [expert.checkpoint.headers[name] for expert, own in holders for name in expert.files(own)]
         dtype = wanted or max((header.dtype for header in files), key=lambda text: DTYPE_BYTES[text])
         held = [
@@ -112,7 +114,9 @@ def _parts(plan: Plan) -> list[_Part]:
             parts.append(_Part(entry, own, {PREFIX + own: TensorHeader(dtype, entry.header.shape, "")}))
             continue
         factors = min((f for f, _ in held), key=lambda f: f.form == "parameter")  # a bare weight may be a module's, too
-        rank = min(plan.recipe.output.rank or sum(r for _, r in held), *_matrix(factors))
+        total = sum(r for _, r in held)
+        largest = min(*_matrix(factors), *([total] if plan.in_factors(entry) else []))
+        rank = min(plan.recipe.output.rank or total, largest)
         deeper = sum(part.factors is not None and part.module == own.rpartition(".")[0] for part in parts)
         names, shapes = _names(own, factors, deeper), _stored_shapes(factors, rank)
         headers = {name: TensorHeader(dtype, shape, "") for name, shape in zip(names, shapes, strict=True)}
@@ -127,15 +131,19 @@ def _inside(part: _Part) -> _Part:
     return replace(part, headers={f"{PREFIX}{part.module}.base_layer.{leaf}": next(iter(part.headers.values()))})
 
 
-def _own_name(plan: Plan, key: str) -> str:
-    """Return what the first expert's model calls a tensor of the reference, whether the expert holds it or not."""
-    own = next(expert.names[key] for expert in plan.experts if expert.holds(key))
-    known, name = next(iter(plan.experts[0].names.items()), (key, own))
-    if key in plan.experts[0].names:
-        return plan.experts[0].names[key]
-    if name.endswith(known):
-        return name.removesuffix(known) + key
-    return key.removeprefix(known.removesuffix(name)) if known.endswith(name) else own
+def _own_names(plan: Plan) -> dict[str, str]:
+    """Return what each merged tensor is called in the merged adapter's model.
+
+    The experts call it so, but for the prefix of the body in a model with a head: where one of them is an adapter of the
+    body alone, the merged one is, too.
+    """
+    facts = describe(plan.reference.config)
+    names = {e.key: next(x.names[e.key] for x in plan.experts if x.holds(e.key)) for e in plan.merged_entries}
+    in_body = [key for key in names if key.startswith(facts.prefix)]
+    held = (expert.names[key] for key in in_body for expert in plan.experts if expert.holds(key))
+    if all(name.startswith(facts.body) for name in held):
+        return names
+    return names | {key: names[key].removeprefix(facts.body) for key in in_body}
 
 
 def _matrix(factors: Factors) -> tuple[int, int]:
@@ -214,7 +222,8 @@ def _merge_factors(
     left, rows = _basis([f and f[0] for f in factors])
     right = None
     columns = [f and f[1] for f in factors]
-    if kind not in ("gram", "kfac"):  # nothing acts on the inputs but the task vectors themselves
+    whole = plan.recipe.curvature is None or plan.recipe.curvature.off_diagonal == 1
+    if kind is None or (kind == "task_vector" and whole):  # nothing acts on the inputs but the task vectors themselves
         right, rotated = _basis([f and f[1].mT for f in factors])
         columns = [None if c is None else c.mT for c in rotated]
     parts = [None if r is None or c is None else (r @ c).to(dtype) for r, c in zip(rows, columns, strict=True)]
@@ -317,39 +326,42 @@ def _write_config(plan: Plan, folder: Path, parts: list[_Part]) -> None:
 def _lora_config(parts: list[_Part], whole: list[_Part]) -> dict[str, Any]:
     """Return the fields of LoRA; its scale is one for every module: alpha equals the rank."""
     factored = [part for part in parts if part.factors]
-    stacked = [part for part in factored if part.factors and part.factors.form == "stacked"]
+    bare = [part for part in factored if part.factors and part.factors.form in ("stacked", "parameter")]
+    replaced = {part.module for part in whole if not part.own.endswith(".bias")}
     rank = max((part.rank for part in factored), default=1)
-    names = {part.entry.key: part.own if part in stacked else part.module for part in factored}
+    names = {part.entry.key: part.own if part in bare else part.module for part in factored}
     patterns = {re.escape(names[part.entry.key]): part.rank for part in factored if part.rank != rank}
     return {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": [part.module for part in factored if part not in stacked],
-        "target_parameters": [part.own for part in stacked] or None,
+        "target_modules": [part.module for part in factored if part not in bare],
+        "target_parameters": [part.own for part in bare] or None,
         "fan_in_fan_out": any(p.factors.transposed for p in factored if p.factors and p.factors.form == "linear"),
         "lora_dropout": 0.0,
-        "bias": "all" if any(part.own.endswith(".bias") for part in whole) else "none",
+        "bias": "all" if any(part.own.endswith(".bias") and part.module not in replaced for part in whole) else "none",
         "use_rslora": False,
     }
 
 
 def _ia3_config(plan: Plan, parts: list[_Part]) -> dict[str, Any]:
     """Return the fields of (IA)³; a vector scales inputs where the experts' configs say so."""
-    modules = [part.module for part in parts if _is_vector(part.own)]
-    feedforward = [expert.adapter.options.get("feedforward_modules") or [] for expert in plan.experts if expert.adapter]
+    vectors = [part for part in parts if _is_vector(part.own)]
     return {
-        "target_modules": modules,
-        "feedforward_modules": [m for m in modules if any(_names_module(value, m) for value in feedforward)],
+        "target_modules": [part.module for part in vectors],
+        "feedforward_modules": [part.module for part in vectors if _scales_inputs(plan, part.entry.key)],
         "fan_in_fan_out": any(
             expert.adapter.options.get("fan_in_fan_out") for expert in plan.experts if expert.adapter
         ),
     }
 
 
-def _names_module(value: str | list[str], module: str) -> bool:
-    """Tell whether PEFT takes a field of modules (endings, or one regular expression) to name a module."""
-    if isinstance(value, str):
-        return re.fullmatch(value, module) is not None
-    return any(module.endswith(ending) for ending in value)
+def _scales_inputs(plan: Plan, key: str) -> bool:
+    """Tell whether the config of the first expert that has a vector says that it scales its module's inputs."""
+    expert = next(expert for expert in plan.experts if expert.holds(key))
+    assert expert.adapter is not None
+    module, named = expert.names[key].rpartition(".")[0], expert.adapter.options.get("feedforward_modules") or []
+    if isinstance(named, str):  # as in PEFT: one regular expression, or endings
+        return re.fullmatch(named, module) is not None
+    return any(module.endswith(ending) for ending in named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mats_hub.adapter import FoldedAdapter, Ia3Adapter, LoraAdapter
-from mats_hub.architecture import align, describe
+from mats_hub.architecture import align, describe, vector_of
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.plan import Entry, Plan
@@ -28,6 +28,8 @@ def settle_format(plan: Plan) -> None:
                 f"{other.source.spec!r} is a {other.kind}; use format 'full' (--format full)"
             )
         )
+        output = output.model_copy(update={"format": "full"})  # so that planning goes on to what else stands in the way
+        plan.recipe = plan.recipe.model_copy(update={"output": output})
     if output.rank is not None and (output.format == "full" or types == {Ia3Adapter}):
         plan.problems.append(
             RecipeError(
@@ -58,14 +60,11 @@ def outline(plan: Plan, source: Source) -> Checkpoint:
     vectors: dict[str, TensorHeader] = {}
     for expert in plan.experts:
         assert isinstance(expert.adapter, Ia3Adapter)
-        weights = {f"{name.removesuffix('ia3_l')}weight": name for name in expert.adapter.vectors}
-        mapping = align([*weights, *expert.adapter.saved], whole.headers, facts.stored_names)
-        for own, target in mapping.items():
-            if own in weights:
-                header = TensorHeader("F32", expert.adapter.shape(weights[own]), "")
-                vectors.setdefault(f"{target.removesuffix('weight')}ia3_l", header)
-            else:
-                vectors[target] = whole.headers[target]
+        changes = expert.adapter.vectors
+        known = {**{vector_of(name): whole.headers[name] for name in whole.headers}, **whole.headers}
+        for own, target in align([*changes, *expert.adapter.saved], known, facts.stored_names).items():
+            scaled = TensorHeader("F32", expert.adapter.shape(own), "") if own in changes else None
+            vectors.setdefault(target, scaled or known[target])
     return Checkpoint(source, vectors)
 
 

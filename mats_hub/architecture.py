@@ -16,10 +16,12 @@ class Architecture:
 
     Attributes:
         class_name: the transformers class, '' when it is not known.
-        prefix: where the body's tensors begin inside a model with a head (``bert.``), '' when not known.
+        prefix: where the body's tensors begin inside a model with a head (``bert.``), '' for a body alone or when not known.
+        body: the same for the class that the body is of, whether this model has a head or not.
         tied: tensors that share the storage of another one: alias → the tensor that is stored.
         transposed: weights stored ``[in, out]`` (Conv1D).
-        stored_names: name in the model → name in a checkpoint, where transformers stores it under another one.
+        stored_names: name in the model → name in a checkpoint, where transformers stores it under another one; of modules'
+            (IA)³ vectors, too.
         linear: weights of linear modules (Linear, Conv1D).
         stacked: parameters that stack the matrices of several experts, in the order of their modules → how many there
             are, and whether each is ``[in, out]``.
@@ -29,6 +31,7 @@ class Architecture:
 
     class_name: str = ""
     prefix: str = ""
+    body: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     stored_names: Mapping[str, str] = field(default_factory=dict)
@@ -58,11 +61,12 @@ def _describe(config_text: str) -> Architecture:
     def weights_of(*kinds: type) -> frozenset[str]:
         return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds))
 
-    has_head = model.base_model is not model
+    body = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     stored_names = _stored_names(model)
     return Architecture(
         class_name,
-        prefix=f"{model.base_model_prefix}." if has_head and model.base_model_prefix else "",
+        prefix=body if model.base_model is not model else "",
+        body=body,
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}) if _ties(config) else {},
         transposed=weights_of(Conv1D),
         stored_names=stored_names,
@@ -87,7 +91,13 @@ def _stored_names(model: Any) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in state.items()}
     stored = revert_weight_conversion(model, state)
     pairs = ((names.get(id(tensor)), name) for name, tensor in stored.items())
-    return {name: other for name, other in pairs if name is not None and name != other}
+    found = {name: other for name, other in pairs if name is not None and name != other}
+    return found | {vector_of(name): vector_of(other) for name, other in found.items() if name.endswith(".weight")}
+
+
+def vector_of(weight: str) -> str:
+    """Return the name of the (IA)³ vector of a module, from its weight's."""
+    return f"{weight.removesuffix('weight')}ia3_l"
 
 
 def _ties(config: Mapping[str, Any]) -> bool:

@@ -103,10 +103,11 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
     if len(found) < len(holders):
         lacking = [e.name for e, name in zip(plan.experts, holders, strict=True) if name is None]
         if plan.recipe.unmatched == "error":
+            everything = " --modules all" if any(expert.adapter for expert in plan.experts) else ""
             plan.problems.append(
                 StatisticsMismatch(
                     f"expert {lacking[0]!r} has no {kind} statistics for {key!r}, which other experts have; measure them again "
-                    f"with 'mats-hub statistics', or pass --unmatched initialize"
+                    f"with 'mats-hub statistics{everything}', or pass --unmatched initialize"
                 )
             )
         return Action.INITIALIZE, f"no statistics of {', '.join(lacking)}", ()

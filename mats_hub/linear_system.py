@@ -20,11 +20,19 @@ class LinearSystem:
     Attributes:
         curvatures: wᵢ Cᵢ, one per expert, in the experts' order.
         deltas: δᵢ, the experts' task vectors, each in the weight's shape.
+        accuracy: relative rounding error that the curvatures came with, where it is larger than that of their dtype now;
+            what lies below it is no curvature.
 
     """
 
     curvatures: tuple[Curvature, ...]
     deltas: tuple[Tensor, ...]
+    accuracy: float = 0.0
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding error of the system: `accuracy`, or the spacing of the deltas' dtype."""
+        return max(self.accuracy, torch.finfo(self.deltas[0].dtype).eps)
 
     @cached_property
     def operator(self) -> Curvature:
@@ -45,13 +53,16 @@ class LinearSystem:
         return _sum(c.matvec(d - x) for c, d in zip(self.curvatures, self.deltas, strict=True))
 
 
-def match(curvatures: Sequence[Curvature], deltas: Sequence[Tensor], weights: Sequence[float]) -> LinearSystem:
+def match(
+    curvatures: Sequence[Curvature], deltas: Sequence[Tensor], weights: Sequence[float], accuracy: float = 0.0
+) -> LinearSystem:
     """Return the system that matches the experts in the subspaces of their curvatures.
 
     Args:
         curvatures: Cᵢ of each expert at one weight.
         deltas: δᵢ of each expert at that weight, all of one shape.
         weights: wᵢ of each expert, not negative.
+        accuracy: relative rounding error of the curvatures, where they were stored in a narrower dtype.
 
     Raises:
         ValueError: the three sequences differ in length, are empty, or the shapes differ.
@@ -64,7 +75,7 @@ def match(curvatures: Sequence[Curvature], deltas: Sequence[Tensor], weights: Se
     if len({delta.shape for delta in deltas}) > 1:
         raise ValueError(f"deltas of different shapes: {[tuple(delta.shape) for delta in deltas]}")
     scaled = tuple(c if w == 1 else c.scaled(w) for c, w in zip(curvatures, weights, strict=True))
-    return LinearSystem(scaled, tuple(deltas))
+    return LinearSystem(scaled, tuple(deltas), accuracy)
 
 
 def _sum(tensors) -> Tensor:  # type: ignore[no-untyped-def]

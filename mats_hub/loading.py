@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def fold(expert: Expert, base: Source, folder: Path, dtype: str = "float32") -> 
     try:
         with quiet():
             merged = _with_adapter(model, expert).merge_and_unload()
-    except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+    except (NotImplementedError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{expert.source.spec!r} is a {adapter.description}, which PEFT cannot merge into its base: {error}"
         ) from error
@@ -228,7 +229,7 @@ def _with_adapter(model: Any, expert: Expert) -> Any:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, folder)
+            adapted = PeftModel.from_pretrained(model, folder, key_mapping=_into_body(model, expert))
     except (RuntimeError, ValueError, KeyError) as error:
         text = str(error).strip().splitlines()
         raise IncompatibleExperts(
@@ -240,16 +241,29 @@ def _with_adapter(model: Any, expert: Expert) -> Any:
     return adapted
 
 
+def _into_body(model: Any, expert: Expert) -> dict[str, str] | None:
+    """Return the renaming with which an adapter of a body fits a model that has a head as well; None for other adapters."""
+    if model.base_model is model:
+        return None
+    parts = "|".join(name for name, _ in model.base_model.named_children())
+    own = [name.removeprefix("base_model.model.") for name in expert.checkpoint.headers]
+    if not any(re.match(rf"({parts})\.", name) for name in own):
+        return None
+    return {rf"^(?=({parts})\.)": f"{model.base_model_prefix}."}
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the note that a head is new: it is filled in, and checked, right after."""
+    """Hide the notes that a head is new (it is filled in, and checked, right after) and that tied weights were parted."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no longer tied", category=UserWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -21,7 +21,7 @@ from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
-from mats_hub.statistics.file import conditioned_gram
+from mats_hub.statistics.file import STATISTICS_ACCURACY, conditioned_gram
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
@@ -96,11 +96,13 @@ def merge_deltas(
     if entry.action is Action.INITIALIZE:
         return Merged(start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms))
     assert plan.recipe.solver is not None
+    assert plan.recipe.curvature is not None
     if turned:
         deltas, start = [delta.mT for delta in deltas], start.mT
     whole = curvatures_at(plan, entry, deltas)
     curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
-    system = match(curvatures, deltas, weights)
+    accuracy = 0.0 if plan.recipe.curvature.kind == "task_vector" else STATISTICS_ACCURACY
+    system = match(curvatures, deltas, weights, accuracy)
     try:
         solution = solve(system, start, plan.recipe.solver)
     except NumericalError as error:

@@ -187,15 +187,24 @@ def _fill_entries(plan: Plan) -> None:
         if action is Action.INITIALIZE and recipe.curvature:
             action, reason, parameters = decide_solvable(plan, coverage, key)
         if action is Action.KEEP:
-            for expert in plan.experts:
-                if expert.holds(key) and expert.names[key] in expert.whole:
-                    plan.kept[expert.name].append(expert.names[key])
+            _keep(plan, key)
         measured = zip(plan.statistics, parameters, strict=False)
         turned = key in transposed or any(s and s.is_transposed(name) for s, name in measured)
         turned &= recipe.curvature is not None and recipe.curvature.kind in MATRIX_KINDS
         plan.entries.append(Entry(key, action, reason, header, parameters, turned, key if plan.base_weights else None))
     if recipe.output.format == "adapter":
         plan.entries = with_origins(plan)
+    else:
+        _refuse_parted(plan, architecture)
+    if recipe.curvature and not plan.problems and not any(entry.action is Action.SOLVE for entry in plan.entries):
+        reasons = Counter(entry.reason for entry in plan.merged_entries)
+        why = reasons.most_common(1)[0][0] if reasons else "nothing is merged"
+        plan.problems.append(
+            RecipeError(
+                f"a curvature of kind {recipe.curvature.kind!r} acts on none of the tensors that are merged ({why}); choose "
+                "another kind (--curvature), or a method that needs none (ties, task_arithmetic)"
+            )
+        )
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(
@@ -205,6 +214,35 @@ def _fill_entries(plan: Plan) -> None:
                 "which takes it from the base, or keep it per expert with keep_per_task (--keep-per-task 'PATTERN')"
             )
         )
+
+
+def _refuse_parted(plan: Plan, architecture: Architecture) -> None:
+    """Refuse adapters that hold one of two tied weights whole: in the expert they differ, in a full checkpoint they cannot."""
+    for expert in plan.experts:
+        if not expert.adapter or expert.adapter.options.get("ensure_weight_tying"):
+            continue
+        held = [expert.names.get(key, key) for key in (*architecture.tied, *architecture.tied.values())]
+        for own in dict.fromkeys(name for name in held if name in expert.adapter.saved):
+            plan.problems.append(
+                IncompatibleExperts(
+                    f"adapter {expert.name!r} holds {own!r} whole, which its base has tied to another weight, so that the two "
+                    "differ in the expert; a full checkpoint cannot have that. Write an adapter (--format adapter)"
+                )
+            )
+
+
+def _keep(plan: Plan, key: str) -> None:
+    """Put the experts' own versions of a tensor into their tasks' heads; refuse what an expert does not hold whole."""
+    for expert in plan.experts:
+        if expert.holds(key) and expert.names[key] in expert.whole:
+            plan.kept[expert.name].append(expert.names[key])
+        elif expert.holds(key):
+            plan.problems.append(
+                RecipeError(
+                    f"{key!r} is to be kept per task, but expert {expert.name!r}, a {expert.kind}, holds a change of it and not "
+                    "the tensor itself; merge it, or leave it out with exclude (--exclude)"
+                )
+            )
 
 
 class _HeadRule:

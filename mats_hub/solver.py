@@ -93,7 +93,7 @@ def conjugate_gradient(
     precondition = preconditioner or (lambda residual: residual)
     y = precondition(r)
     p, ry = y, _dot(r, y)
-    rounding, largest, travelled, left = 4 * torch.finfo(x.dtype).eps, 0.0, 0.0, 1.0
+    rounding, largest, travelled, left = 4 * system.eps, 0.0, 0.0, 1.0
     outcome, step = Outcome.ITERATIONS, 0
     kept = {0: x0.clone()} if 0 in iterates else {}
     while step < iterations:
@@ -183,7 +183,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
     numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
     Factorizations run in float64 where the device has it. Directions whose eigenvalue is at most n · ε · λ_max, with ε the
-    spacing of the dtype of `x0`, count as unseen.
+    system's rounding error, count as unseen.
 
     Raises:
         NumericalError: a non-finite value, or a curvature that is not positive semidefinite.
@@ -218,7 +218,7 @@ def _norms(system: LinearSystem, r: Tensor) -> tuple[float, float]:
 
 def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     """Return z with A z = r and no component in the null space of A."""
-    operator = system.operator
+    operator, eps = system.operator, system.eps
     if isinstance(operator, Identity):
         _refuse_negative(operator.scale, operator.scale)
         return r / operator.scale if operator.scale else torch.zeros_like(r)
@@ -230,41 +230,41 @@ def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     if isinstance(operator, LowRank):
         operator = operator.dense()
     if isinstance(operator, Gram):
-        return _solve_symmetric(operator.matrix, r.T).T
+        return _solve_symmetric(operator.matrix, r.T, eps).T
     if isinstance(operator, Dense):
-        return _solve_symmetric(operator.matrix, r.reshape(-1, 1)).reshape(r.shape)
+        return _solve_symmetric(operator.matrix, r.reshape(-1, 1), eps).reshape(r.shape)
     if isinstance(operator, Kronecker):
-        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r).T).T
+        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r, eps).T, eps).T
     pair = system.curvatures
     if len(pair) == 2 and isinstance(pair[0], Kronecker) and isinstance(pair[1], Kronecker):
-        return _two_kronecker(pair[0], pair[1], r)
+        return _two_kronecker(pair[0], pair[1], r, eps)
     kinds = ", ".join(type(c).__name__ for c in pair)
     raise ValueError(f"no closed form for {len(pair)} experts with curvatures {kinds}: use conjugate gradient")
 
 
-def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor) -> Tensor:
+def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor, eps: float) -> Tensor:
     """Solve B₁ Z A₁ + B₂ Z A₂ = r by diagonalizing (B₁, B₂) and (A₁, A₂) at once.
 
     With Pᵀ B₁ P = diag(s), Pᵀ (B₁ + B₂) P = I and likewise R, g for A, Y = P⁻¹ Z R⁻ᵀ solves
     (s gᵀ + (1 − s)(1 − g)ᵀ) * Y = Pᵀ r R entry by entry.
     """
-    cutoff_dtype = r.dtype
-    P, s = _simultaneous(first.output, second.output, cutoff_dtype)
-    R, g = _simultaneous(first.input, second.input, cutoff_dtype)
+    P, s = _simultaneous(first.output, second.output, eps)
+    R, g = _simultaneous(first.input, second.input, eps)
     denominator = torch.outer(s, g) + torch.outer(1 - s, 1 - g)
-    seen = denominator > max(r.shape) * torch.finfo(cutoff_dtype).eps
+    seen = denominator > max(r.shape) * eps
     Y = torch.where(seen, (P.T @ _wide(r) @ R) / torch.where(seen, denominator, 1), 0)
-    return _onto_two_ranges(first, second, P @ Y @ R.T)
+    return _onto_two_ranges(first, second, P @ Y @ R.T, eps)
 
 
-def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor) -> Tensor:
+def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor, eps: float) -> Tensor:
     """Project Z onto range(B₁ ⊗ A₁) + range(B₂ ⊗ A₂), the range of the sum: what no expert saw is left out.
 
     P and R above are not orthogonal, so zeros in Y do not do that. Along the principal vectors of the two ranges, with
     cosines c of the B's and d of the A's, the projection falls into pairs with Gram matrix [[1, c d], [c d, 1]].
     """
     (Q1, Q2), (S1, S2) = (
-        [_range(matrix) for matrix in pair] for pair in ((first.output, second.output), (first.input, second.input))
+        [_range(matrix, eps) for matrix in pair]
+        for pair in ((first.output, second.output), (first.input, second.input))
     )
     if Q1.shape[0] == Q1.shape[1] and S1.shape[0] == S1.shape[1]:
         return Z
@@ -285,42 +285,42 @@ def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor) -> Tensor:
     return Q1 @ one @ S1.T + Q2 @ two @ S2.T
 
 
-def _range(matrix: Tensor) -> Tensor:
+def _range(matrix: Tensor, eps: float) -> Tensor:
     """Return an orthonormal basis of the range of a symmetric PSD matrix, as columns."""
-    values, vectors = _eigh(matrix)
-    return vectors[:, values > len(values) * torch.finfo(matrix.dtype).eps * values[-1].clamp(min=0)]
+    values, vectors = _eigh(matrix, eps)
+    return vectors[:, values > len(values) * eps * values[-1].clamp(min=0)]
 
 
-def _simultaneous(a: Tensor, b: Tensor, cutoff_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _simultaneous(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (P, s) with Pᵀ a P = diag(s) and Pᵀ (a + b) P = I on the range of a + b."""
     a, b = _wide(a), _wide(b)
     values, vectors = torch.linalg.eigh(a + b)
-    keep = values > len(values) * torch.finfo(cutoff_dtype).eps * values[-1].clamp(min=0)
+    keep = values > len(values) * eps * values[-1].clamp(min=0)
     whiten = vectors[:, keep] / values[keep].sqrt()
     s, rotation = torch.linalg.eigh(whiten.T @ a @ whiten)
     return whiten @ rotation, s.clamp(0, 1)
 
 
-def _solve_symmetric(matrix: Tensor, rhs: Tensor) -> Tensor:
+def _solve_symmetric(matrix: Tensor, rhs: Tensor, eps: float) -> Tensor:
     """Solve matrix · z = rhs for a symmetric PSD matrix, with z = 0 in its numerical null space."""
     wide, right = _wide(matrix), _wide(rhs)
-    cutoff = len(wide) * torch.finfo(matrix.dtype).eps
+    cutoff = len(wide) * eps
     factor, failed = torch.linalg.cholesky_ex(wide)
     pivots = factor.diagonal() ** 2
     # A pivot bounds the smallest eigenvalue from above; 1e3 of margin keeps nearly singular matrices with `eigh`.
     if not failed and pivots.min() > 1e3 * cutoff * pivots.max():
         return torch.cholesky_solve(right, factor).to(rhs)
-    values, vectors = _eigh(matrix)
+    values, vectors = _eigh(matrix, eps)
     keep = values > cutoff * values[-1].clamp(min=0)
     basis = vectors[:, keep]
     return (basis @ ((basis.T @ right) / values[keep, None])).to(rhs)
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues, ascending, and eigenvectors of a matrix that has to be positive semidefinite."""
     values, vectors = torch.linalg.eigh(_wide(matrix))
     if len(values):
-        _refuse_negative(float(values[0]), float(values.abs().max()), torch.finfo(matrix.dtype).eps)
+        _refuse_negative(float(values[0]), float(values.abs().max()), eps)
     return values, vectors
 
 

@@ -1,7 +1,8 @@
 """Tiny models with random weights, saved as real ones are: with a config, a tokenizer or processor, and safetensors.
 
 Everything is a function of its seed. A factory saves into the folder it is given and returns the model it saved; other
-keywords go into the model's config. `perturbed` makes a fine-tuned variant, `lora_adapter` a PEFT adapter with an effect.
+keywords go into the model's config. `perturbed` makes a fine-tuned variant, `lora_adapter` and `ia3_adapter` PEFT adapters
+with an effect.
 """
 
 from __future__ import annotations
@@ -221,35 +222,87 @@ def lora_adapter(
 
     """
     import peft
-    import transformers
 
-    config = transformers.AutoConfig.from_pretrained(base_folder, **({} if labels is None else {"num_labels": labels}))
-    class_name = model_class or AUTO_CLASSES.get(task_type or "") or config.architectures[0]
-    with seeded(seed):
-        base = getattr(transformers, class_name).from_pretrained(base_folder, config=config)
-        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        settings = peft.LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            target_modules=targets,
-            task_type=task_type,
-            use_rslora=rslora,
-            alpha_pattern=alpha_pattern or {},
-            rank_pattern=rank_pattern or {},
-            **options,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns when it corrects fan_in_fan_out and when a target is tied
-            model = peft.get_peft_model(base, settings)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    settings = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=targets,
+        task_type=task_type,
+        use_rslora=rslora,
+        alpha_pattern=alpha_pattern or {},
+        rank_pattern=rank_pattern or {},
+        **options,
+    )
+    model = _adapted(base_folder, settings, seed, labels, model_class)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
     with torch.no_grad():
         for factor in factors:
             factor.zero_()
-    shaken(factors, seed + 1, scale)
-    shaken((p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name), seed + 2, scale)
+    return _shaken_and_saved(model, factors, out_folder, seed, scale)
+
+
+def ia3_adapter(
+    base_folder: Path,
+    out_folder: Path,
+    seed: int = 0,
+    target_modules: Sequence[str] | str | None = None,
+    feedforward_modules: Sequence[str] | str | None = None,
+    task_type: str | None = "SEQ_CLS",
+    labels: int | None = None,
+    model_class: str | None = None,
+    scale: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Make a PEFT (IA)³ adapter of a saved base, its vectors around one, save it and return the PEFT model.
+
+    Args:
+        base_folder: a saved model; the adapter names it as its base.
+        out_folder: where the adapter goes.
+        seed: of its tensors, and of a head that the base does not have.
+        target_modules: modules that get a vector; PEFT's own for the architecture when not given, as the next.
+        feedforward_modules: those of them whose inputs are scaled.
+        task_type: SEQ_CLS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
+        labels: of a new classification head.
+        model_class: the transformers class of the base; otherwise the task type's, or the one it was saved as.
+        scale: standard deviation of its vectors, and of what is added to the tensors it holds whole.
+        dtype: what its tensors are drawn and saved in.
+        options: further fields of `peft.IA3Config`.
+
+    """
+    import peft
+
+    modules = {"target_modules": target_modules, "feedforward_modules": feedforward_modules}
+    given = {name: value if isinstance(value, str | None) else list(value) for name, value in modules.items()}
+    settings = peft.IA3Config(task_type=task_type, **given, **options)
+    model = _adapted(base_folder, settings, seed, labels, model_class).to(dtype)
+    vectors = [p for name, p in model.named_parameters() if "ia3_" in name]
+    return _shaken_and_saved(model, vectors, out_folder, seed, scale)
+
+
+def _adapted(base_folder: Path, settings: Any, seed: int, labels: int | None, model_class: str | None) -> Any:
+    """Return a saved base with a new adapter in PEFT's hands, and a head of its own where the base has none."""
+    import peft
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(base_folder, **({} if labels is None else {"num_labels": labels}))
+    class_name = model_class or AUTO_CLASSES.get(settings.task_type or "") or config.architectures[0]
+    with seeded(seed):
+        base = getattr(transformers, class_name).from_pretrained(base_folder, config=config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns when it corrects fan_in_fan_out and when a target is tied
+            return peft.get_peft_model(base, settings)
+
+
+def _shaken_and_saved(model: Any, adapter: list[nn.Parameter], folder: Path, seed: int, scale: float) -> Any:
+    """Add noise to what PEFT would train, first the adapter's own parameters, and save them."""
+    own = {id(parameter) for parameter in adapter}
+    shaken(adapter, seed + 1, scale)
+    shaken((p for p in model.parameters() if p.requires_grad and id(p) not in own), seed + 2, scale)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ... and when it saves a target that is an embedding
-        model.save_pretrained(out_folder)
+        model.save_pretrained(folder)
     return model.eval()
 
 

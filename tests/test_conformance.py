@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
@@ -11,13 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, Sum
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Sum, restrict
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.initialization.ties import kept_rank
 from mats_hub.linear_system import LinearSystem, match
 from mats_hub.recipe import INITIALIZATION_OPTIONS
-from mats_hub.solver import Outcome, conjugate_gradient, exact, has_closed_form, kronecker_preconditioner
+from mats_hub.solver import (
+    Outcome,
+    conjugate_gradient,
+    exact,
+    has_closed_form,
+    kronecker_preconditioner,
+    nearest_kronecker,
+)
 
 OUT, IN = 4, 5
 RTOL = 1e-8
@@ -35,12 +44,21 @@ def psd(size: int, seed: int, rank: int | None = None, dead: int | None = None) 
     return factor @ factor.T / size
 
 
+def low_rank(seed: int, rank: int | None = None, dead: int | None = None) -> LowRank:
+    """Return a sketch of full rank, through its rest; or of a given rank, one of it through an entry of the rest."""
+    factor, rest = draw(IN, 2 if rank is None else rank - 1, seed=seed), draw(IN, seed=seed + 50) ** 2
+    for part in (factor, rest) if dead is not None else ():
+        part[dead] = 0
+    return LowRank(factor, rest if rank is None else rest * (torch.arange(IN) == seed))
+
+
 CURVATURES = {
     "identity": lambda seed, **kind: Identity(0.5 + seed),
     "diagonal": lambda seed, **kind: Diagonal(
         draw(OUT, IN, seed=seed) ** 2 * (draw(OUT, IN, seed=99) > -0.5 if kind else 1)
     ),
     "gram": lambda seed, **kind: Gram(psd(IN, seed, **kind)),
+    "low rank": low_rank,
     "kronecker": lambda seed, **kind: Kronecker(psd(OUT, seed, **kind), psd(IN, seed + 50, **kind)),
     "dense": lambda seed, **kind: Dense(psd(OUT * IN, seed, **kind)),
     "sum": lambda seed, **kind: (
@@ -86,6 +104,9 @@ def dense(curvature: Curvature) -> Tensor:
             return curvature.values.reshape(-1).diag()
         case Gram():
             return torch.block_diag(*[curvature.matrix] * OUT)
+        case LowRank():
+            outer = sum(torch.outer(column, column) for column in curvature.factor.T)
+            return torch.block_diag(*[outer + curvature.rest.diag()] * OUT)
         case Kronecker():
             return torch.kron(curvature.output, curvature.input)
         case Dense():
@@ -139,13 +160,72 @@ def test_addition_is_exact(pair):
 
 
 def test_closed_classes_stay_simple_and_kronecker_factors_are_never_added():
-    for name in ("identity", "diagonal", "gram", "dense"):
+    for name in ("identity", "diagonal", "gram", "low rank", "dense"):
         assert not isinstance(CURVATURES[name](0) + CURVATURES[name](1), Sum)
     a, b = CURVATURES["kronecker"](0), CURVATURES["kronecker"](1)
     assert isinstance(a + b, Sum)
     wrong = Kronecker(a.output + b.output, a.input + b.input)
     assert (matrix(a + b) - matrix(wrong)).norm() > 0.1 * matrix(a + b).norm()
     close(matrix(a + Identity(0.1)), matrix(a) + 0.1 * torch.eye(OUT * IN, dtype=torch.float64))  # damping
+
+
+SIMPLE = ("identity", "gram", "low rank")
+"""Curvatures that act on inputs alone: their sums are exact, and closed in any order."""
+
+
+@pytest.mark.parametrize("names", itertools.permutations(SIMPLE), ids=" + ".join)
+def test_curvatures_of_inputs_add_up_in_any_order_and_are_solved(names):
+    parts = [CURVATURES[name](seed) for seed, name in enumerate(names)]
+    assert has_closed_form([type(part) for part in parts])
+    for terms in (parts, parts[:2], parts[1:], [parts[0], parts[1] + parts[2]]):
+        total = reduce(add, terms)
+        sketched = not any(isinstance(term, Gram) for term in terms)
+        assert type(total) is (LowRank if sketched else Gram)
+        close(matrix(total), sum(dense(term) for term in terms), 1e-14)
+    system = match(parts, [draw(OUT, IN, seed=10 + seed) for seed in range(3)], WEIGHTS)
+    x0 = draw(OUT, IN, seed=5)
+    for solve in (exact, SOLVERS["conjugate gradient"]):
+        close(solve(system, x0).value, oracle(system, x0), 1e-7)
+
+
+def test_a_sum_of_sketches_keeps_both_factors():
+    a, b = low_rank(0), low_rank(1, rank=3)
+    assert (a + b).factor.shape == (IN, 4)
+    assert torch.equal((a + Identity(0.5)).factor, a.factor)
+    assert isinstance(a.dense(), Gram)
+    close(dense(a.dense()), dense(a), 1e-14)
+    for other in ("diagonal", "kronecker", "dense"):
+        assert isinstance(a + CURVATURES[other](1), Sum)
+        assert not has_closed_form([LowRank, type(CURVATURES[other](1))])
+
+
+RESTRICTED = {
+    **{name: CURVATURES[name] for name in ("identity", "gram", "low rank", "kronecker", "sum")},
+    "damped": lambda seed: CURVATURES["kronecker"](seed) + Identity(0.1),
+    "two": lambda seed: CURVATURES["kronecker"](seed) + CURVATURES["kronecker"](seed + 1),
+    "nested": lambda seed: Sum((CURVATURES["sum"](seed), CURVATURES["low rank"](seed))),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, OUT])
+@pytest.mark.parametrize("make", RESTRICTED.values(), ids=RESTRICTED)
+def test_restriction_is_the_curvature_between_the_columns_of_a_basis(make, size):
+    curvature, basis = make(1), torch.linalg.qr(draw(OUT, size, seed=7))[0]
+    lift = torch.einsum("ok,ij->oikj", basis, torch.eye(IN, dtype=torch.float64)).reshape(-1, size * IN)  # Y ↦ Q Y
+    inside = restrict(curvature, basis)
+    for seed in range(3):
+        Y = draw(size, IN, seed=seed)
+        expected = lift.T @ dense(curvature) @ lift @ Y.reshape(-1)
+        close(inside.matvec(Y).reshape(-1), expected, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "dense"])
+def test_what_is_not_closed_under_restriction_is_refused(name):
+    basis = torch.linalg.qr(draw(OUT, 2, seed=7))[0]
+    held = CURVATURES[name](1)
+    for curvature in (held, held + CURVATURES["kronecker"](1)):
+        with pytest.raises(TypeError, match=f"{type(held).__name__} curvature does not restrict"):
+            restrict(curvature, basis)
 
 
 # Solvers ---------------------------------------------------------------------------------------------------------------
@@ -181,7 +261,7 @@ class TestEverySolver:
         dead = problem(make, experts, dead=2)  # an input, and for K-FAC an output too, that no expert's data ever saw
         solution = solve(dead, x0)
         close(solution.value, oracle(dead, x0), 1e-6)
-        if make is CURVATURES["gram"] or make is CURVATURES["kronecker"]:
+        if make in (CURVATURES["gram"], CURVATURES["low rank"], CURVATURES["kronecker"]):
             close(solution.value[:, 2], x0[:, 2], 1e-9)
         if make is CURVATURES["kronecker"]:
             close(solution.value[2], x0[2], 1e-9)
@@ -255,7 +335,7 @@ def test_iterates_of_one_run_are_those_of_separate_runs(make):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("name", ["gram", "kronecker", "dense", "sum"])
+@pytest.mark.parametrize("name", ["gram", "low rank", "kronecker", "dense", "sum"])
 def test_steps_past_convergence_do_not_carry_rounding_into_unseen_directions(name, rank):
     double, x0 = problem(CURVATURES[name], 2, rank=rank), draw(OUT, IN, seed=5)
     single = [c.to("cpu", torch.float32) for c in double.curvatures], [d.float() for d in double.deltas]
@@ -291,6 +371,23 @@ def test_the_preconditioner_saves_iterations():
     assert kronecker_preconditioner(problem(CURVATURES["gram"])) is None
 
 
+def test_the_nearest_kronecker_product_is_the_term_itself_and_keeps_partial_traces():
+    make = CURVATURES["kronecker"]
+    for experts in ([make(1)], [make(1), make(1).scaled(3.0)], [make(1).scaled(0.0), make(1)]):
+        system = match(experts, [draw(OUT, IN, seed=3)] * len(experts), WEIGHTS[: len(experts)])
+        close(matrix(nearest_kronecker(system)), sum(dense(c) for c in system.curvatures), 1e-13)
+    system = problem(make)
+    near, blocks = nearest_kronecker(system), sum(dense(c) for c in system.curvatures).reshape(OUT, IN, OUT, IN)
+    close(near.output * near.input.trace(), torch.einsum("aibi->ab", blocks), 1e-13)
+    close(near.input * near.output.trace(), torch.einsum("aiaj->ij", blocks), 1e-13)
+    assert nearest_kronecker(match([make(1).scaled(0.0)], [draw(OUT, IN, seed=3)], [1.0])) is None
+    for name in ("identity", "gram", "low rank", "dense", "sum"):
+        assert nearest_kronecker(match([make(1), CURVATURES[name](1)], [draw(OUT, IN, seed=3)] * 2, [1, 1])) is None
+    for bad in (Kronecker(-psd(OUT, 1), psd(IN, 2)), make(1).scaled(float("inf"))):
+        with pytest.raises(NumericalError, match="not positive semidefinite"):
+            nearest_kronecker(match([bad], [draw(OUT, IN, seed=3)], [1.0]))
+
+
 def test_two_kronecker_products_are_solved_to_the_last_digit():
     system = problem(CURVATURES["kronecker"], 2)
     assert exact(system, torch.zeros(OUT, IN, dtype=torch.float64)).residual < 1e-12
@@ -302,6 +399,7 @@ def test_what_is_no_curvature_is_refused():
     with pytest.raises(NumericalError, match=r"negative curvature .* at iteration 1"):
         conjugate_gradient(system, draw(OUT, IN, seed=2), iterations=5)
     once = (Identity(-1.0), negative, Diagonal(-torch.ones(OUT, IN).double()), Dense(-psd(OUT * IN, 1)))
+    once += (LowRank(draw(IN, 1, seed=1) / 100, -torch.ones(IN).double()),)
     mixed = Gram(torch.tensor([1.0, 2.0, -1.0, 3.0, 1.0], dtype=torch.float64).diag())
     for curvature in (*once, mixed, Kronecker(-psd(OUT, 1), psd(IN, 2)), Kronecker(psd(OUT, 1), -psd(IN, 2))):
         for solve in (SOLVERS["conjugate gradient"], exact):
@@ -444,3 +542,16 @@ def test_the_streamed_threshold_is_the_exact_rank(sizes, density, seed, coarse):
         rank.add(part)
     whole = torch.cat([part.float() for part in parts]).abs()
     assert rank.value() == float(whole.kthvalue(kept_rank(len(whole), density)).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_the_streamed_threshold_keeps_the_fraction_asked_for_in_any_dtype(density, dtype):
+    """Magnitudes are ranked in float32, whose rounding must not put an entry under its own threshold."""
+    for seed in range(6):
+        delta, rank = draw(50, seed=seed).to(dtype), MagnitudeRank(density)
+        rank.add(delta)
+        rank.narrow()
+        rank.add(delta)
+        merged = INITIALIZATIONS["ties"]([delta], [1.0], Context(thresholds=(rank.value(),)), density=density)
+        assert int((merged != 0).sum()) == 50 - kept_rank(50, density) + 1

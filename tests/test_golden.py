@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import mats_hub
 from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Kronecker
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.initialization.dare import rescaled
@@ -17,6 +18,7 @@ from mats_hub.linear_system import match
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.solver import conjugate_gradient, exact
 from mats_hub.statistics import Provenance, Statistics, Sums
+from mats_hub.statistics.file import conditioned_gram
 
 GOLDEN = Path(__file__).parent / "golden"
 INPUTS = load_file(GOLDEN / "inputs.safetensors")
@@ -24,6 +26,7 @@ SIMPLE = load_file(GOLDEN / "simple.safetensors")
 CG = load_file(GOLDEN / "mats_cg.safetensors")
 TIES = load_file(GOLDEN / "ties.safetensors")
 DARE = load_file(GOLDEN / "dare.safetensors")
+DATA_FREE = load_file(GOLDEN / "datafree.safetensors")
 RUNS = {
     (run["kind"], run["init"], run["maxiter"], run["precision"], run["tensor"]): run
     for run in json.loads((GOLDEN / "runs.json").read_text())["cg_runs"]
@@ -237,3 +240,46 @@ def test_grams_count_unmasked_tokens_alone(task, module):
     close(sums.tensors["out"] / count, INPUTS[f"gram_out/{task}/{module}"], CLOSED_FORM["f32"])
     assert isinstance(curvatures("kfac", f"{module}.weight", "f32")[0], Kronecker)
     assert isinstance(curvatures("gram", f"{module}.weight", "f32")[0], Gram)
+
+
+def data_free_deltas(parameter: str) -> list[Tensor]:
+    """Return the task vectors as the data-free references were given them: differences in float32, then float64."""
+    return [(weight - base(parameter, "f32")).double() for weight in experts(parameter, "f32")]
+
+
+@pytest.mark.parametrize("module", LINEAR)
+def test_grams_of_task_vectors_are_those_of_wudi(module):
+    """WUDI divides a Gram by ‖τ‖², its trace; we by its mean diagonal, so that ours are `in` times as large."""
+    parameter = f"{module}.weight"
+    deltas, options = data_free_deltas(parameter), CurvatureOptions(kind="task_vector", normalization="trace")
+    system = match([conditioned_gram(delta.T @ delta, options) for delta in deltas], deltas, [1.0] * 3)
+    assert isinstance(system.operator, Gram)
+    close(system.operator.matrix, deltas[0].shape[1] * DATA_FREE[f"wudi/gram_sum/f64/{parameter}"], 1e-12)
+    theirs = DATA_FREE[f"wudi/exact_from_sum/f64/{parameter}"]
+    close(exact(system, sum(deltas)).value, theirs, 1e-12)
+    close(conjugate_gradient(system, sum(deltas), iterations=200).value, theirs, 1e-8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Write the golden models as checkpoints in float64: a base, and what the data-free references' deltas make of it."""
+    root = tmp_path_factory.mktemp("golden")
+    moves = {"pretrained": {p: torch.zeros_like(base(p, "f64")) for p in PARAMETERS}}
+    moves |= {task: {p: data_free_deltas(p)[number] for p in PARAMETERS} for number, task in enumerate(TASKS)}
+    for model, move in moves.items():
+        (root / model).mkdir()
+        tensors = {p: base(p, "f64") + move[p] for p in PARAMETERS}
+        save_file(tensors, root / model / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+def test_wudi_as_a_merge(folders):
+    merged = mats_hub.merge(
+        [str(folders / task) for task in TASKS], base=str(folders / "pretrained"), device="cpu", method="mats",
+        curvature="task_vector", normalization="trace", initialization="task_arithmetic", scale=1.0, solver="exact",
+    )  # fmt: skip
+    written = load_file(merged.folder / "model.safetensors")
+    for parameter in PARAMETERS:
+        theirs = DATA_FREE.get(f"wudi/exact_from_sum/f64/{parameter}", sum(data_free_deltas(parameter)))
+        close(written[parameter] - base(parameter, "f64"), theirs, 1e-12)
+    assert {record.key for record in merged.report.solved} == {f"{module}.weight" for module in LINEAR}

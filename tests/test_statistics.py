@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import (
     FACTORIES,
+    ia3_adapter,
     lora_adapter,
     merged_lora,
     save,
@@ -27,13 +28,15 @@ from models import (
     tiny_texts,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mats_hub.curvature import Diagonal, Gram, Kronecker
+import mats_hub
+from mats_hub.curvature import Dense, Diagonal, Gram, Kronecker, LowRank
 from mats_hub.errors import (
     CheckpointError,
     NumericalError,
+    PlanError,
     RecipeError,
     SourceError,
     StatisticsError,
@@ -43,10 +46,11 @@ from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import open_source
 from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics
 from mats_hub.statistics.collect import collect, linear_modules, transposed_modules
+from mats_hub.statistics.sketch import Sketch, nystrom
 from mats_hub.statistics.tasks import Columns, open_task
 
 EXAMPLES = 7
-ALL = ("gram", "kfac", "fisher")
+ALL = ("gram", "kfac", "fisher", "block_fisher")
 
 
 def examples_of(family: str, count: int = EXAMPLES) -> datasets.Dataset:
@@ -130,7 +134,7 @@ def direct(cases: dict[str, Any]) -> dict[str, Any]:
 
 def direct_sums(model: Any, data: Any) -> Any:
     modules = linear_modules(model)
-    total = SimpleNamespace(input={}, output={}, fisher={}, tokens={}, losses=[])
+    total = SimpleNamespace(input={}, output={}, fisher={}, block={}, tokens={}, losses=[])
     parameters = dict(model.named_parameters())
     for batch in data.batches(1):
         if batch.get("labels", torch.zeros(1)).dim() == 2:
@@ -157,6 +161,9 @@ def direct_sums(model: Any, data: Any) -> Any:
         for (name, parameter), gradient in zip(parameters.items(), gradients[len(outputs) :], strict=True):
             squared = torch.zeros_like(parameter) if gradient is None else gradient**2
             total.fisher[name] = total.fisher.get(name, 0) + squared.double()
+            if parameter.numel() == max(parameter.shape):
+                g = (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1).double()
+                total.block[name] = total.block.get(name, 0) + torch.outer(g, g)
         total.losses.append(loss.item())
     return total
 
@@ -202,6 +209,20 @@ def test_fisher_equals_squared_gradients_of_single_examples(case: Any, direct: d
     for name, value in expected.items():
         assert_close(case.sums.tensors[f"{name}.fisher"], value, name, floor=fisher_floor(expected))
     assert any(value.abs().max() > 0 for value in expected.values())
+
+
+def test_block_fisher_is_the_outer_products_of_single_examples_gradients_at_vectors_alone(
+    case: Any, direct: dict[str, Any]
+) -> None:
+    expected, tensors = direct[case.family].block, case.sums.tensors
+    assert {f"{name}.block_fisher" for name in expected} == {key for key in tensors if key.endswith(".block_fisher")}
+    assert 0 < len(expected) < len(list(case.model.parameters()))
+    floor = fisher_floor(expected)
+    for name, value in expected.items():
+        block = tensors[f"{name}.block_fisher"]
+        assert_close(block, value, name, floor=floor)
+        assert_close(block.diagonal(), tensors[f"{name}.fisher"].reshape(-1), name, floor=floor)
+        assert torch.equal(block, block.T)
 
 
 def test_loss_is_the_sum_of_the_models_own_over_single_examples(case: Any, direct: dict[str, Any]) -> None:
@@ -251,11 +272,14 @@ def test_tied_heads_and_conv1d(cases: dict[str, Any]) -> None:
     assert shapes == [(16, 16), (48, 48)], "the Grams are those of y = W x, however W is stored"
 
 
-@pytest.mark.parametrize("kinds", [("gram",), ("kfac",), ("fisher",), ("gram", "fisher")], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds", [("gram",), ("kfac",), ("fisher",), ("block_fisher",), ("gram", "fisher")], ids="+".join
+)
 def test_each_kind_alone_holds_what_it_needs(case: Any, kinds: tuple[str, ...]) -> None:
     sums = measured(case, kinds, size=4)
     ends = {key.rsplit(".", 1)[-1] for key in sums.tensors}
-    wanted = {"gram": {"input_gram"}, "kfac": {"input_gram", "output_gram"}, "fisher": {"fisher"}}
+    wanted = {"gram": {"input_gram"}, "kfac": {"input_gram", "output_gram"}}
+    wanted |= {kind: {kind} for kind in ("fisher", "block_fisher")}
     assert ends == set().union(*(wanted[kind] for kind in kinds))
     for key, value in sums.tensors.items():
         assert_close(value, case.sums.tensors[key], key, floor=fisher_floor(sums.tensors))
@@ -514,6 +538,10 @@ def test_file_round_trip(cases: dict[str, Any], tmp_path: Path, family: str) -> 
     assert all(torch.equal(again.tensor(key), value) for key, value in case.sums.tensors.items())
 
 
+def test_the_same_statistics_are_the_same_bytes(statistics: Statistics, tmp_path: Path) -> None:
+    assert len({statistics.save(tmp_path / f"{number}.safetensors").read_bytes() for number in range(12)}) == 1
+
+
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_truncated_file_is_refused(statistics: Statistics, tmp_path: Path, kept: int) -> None:
     path = statistics.save(tmp_path / STATISTICS_FILE)
@@ -633,11 +661,25 @@ def test_curvatures_of_fisher(cases: dict[str, Any], normalization: str, floor: 
 
 
 @pytest.mark.parametrize("normalization", SIZES)
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.9, 0.0])
+def test_curvatures_of_blocks(cases: dict[str, Any], normalization: str, off_diagonal: float) -> None:
+    parameter = "bert.encoder.layer.0.output.LayerNorm.bias"
+    statistics = Statistics(Provenance(ALL, examples=EXAMPLES), cases["bert"].sums)
+    expected = shrunk(cases["bert"].sums.tensors[f"{parameter}.block_fisher"] / EXAMPLES, off_diagonal)
+    options = CurvatureOptions(kind="block_fisher", off_diagonal=off_diagonal, normalization=normalization)
+    block = statistics.curvature(parameter, options, dtype=torch.float64)
+    assert isinstance(block, Dense)
+    assert block.matrix.dtype == torch.float64
+    assert_close(block.matrix, expected / SIZES[normalization](expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", SIZES)
 def test_statistics_that_are_zero_stay_zero(normalization: str) -> None:
     zeros = {
         "a.input_gram": torch.zeros(3, 3),
         "a.output_gram": torch.zeros(2, 2),
         "a.weight.fisher": torch.zeros(2, 3),
+        "a.weight.block_fisher": torch.zeros(6, 6),
     }
     statistics = Statistics(Provenance(ALL, examples=1), Sums(zeros, {"a": 1}, {}, 1))
     for kind in ALL:
@@ -746,6 +788,25 @@ ADAPTERS: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
 }
 
 
+def check_touched(touched: Statistics, whole: Statistics, adapter: Any) -> None:
+    """Check that statistics are of what an adapter changes, and the same there as those of the whole model."""
+    modules = adapter.get_base_model().named_modules()
+    changed = {f"{name}.weight" for name, module in modules if hasattr(module, "lora_A")}
+    is_classifier = adapter.peft_config["default"].task_type == "SEQ_CLS"
+    saved = {"classifier.weight", "classifier.bias"} if is_classifier else set()
+    assert set(touched.covers("fisher")) == changed | saved
+    assert set(touched.covers("kfac")) == {name for name in changed | saved if name.endswith(".weight")}
+    assert set(touched.keys()) <= {f"{name}.fisher" for name in changed | saved} | {
+        f"{name.removesuffix('.weight')}.{side}_gram" for name in changed | saved for side in ("input", "output")
+    }
+    assert len(touched.covers("kfac")) < len(whole.covers("kfac"))
+    for options in (CurvatureOptions(kind="kfac"), CurvatureOptions(kind="fisher")):
+        for name in touched.covers(options.kind):
+            ours, theirs = (s.curvature(name, options) for s in (touched, whole))
+            for part, value in vars(theirs).items():
+                assert_close(getattr(ours, part), value, name)
+
+
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_statistics_of_an_adapter_are_those_of_the_merged_model(tmp_path: Path, family: str) -> None:
     factory, options, rows = ADAPTERS[family]
@@ -754,8 +815,9 @@ def test_statistics_of_an_adapter_are_those_of_the_merged_model(tmp_path: Path, 
     save(merged_lora(adapter), tmp_path / "full", family)
     data = written(tmp_path, "jsonl", rows)
     measure = partial(compute_statistics, dataset=data, kind=("kfac", "fisher"), batch_size=2, device="cpu")
-    full, light = measure(tmp_path / "full"), measure(tmp_path / "adapter")
+    full, light = measure(tmp_path / "full"), measure(tmp_path / "adapter", modules="all")
     assert_same_sums(light._sums, full._sums)
+    check_touched(measure(tmp_path / "adapter"), light, adapter)
     assert light.provenance.model == "adapter"
     assert light.provenance.transposed == full.provenance.transposed
     assert light.provenance.fingerprint == open_source(tmp_path / "adapter").fingerprint
@@ -765,6 +827,301 @@ def test_statistics_of_an_adapter_are_those_of_the_merged_model(tmp_path: Path, 
         assert not torch.allclose(plain.tensor(key), light.tensor(key), rtol=1e-2), "the adapter has an effect"
     with pytest.raises(StatisticsMismatch, match="adapter"):
         light.check_expert("it", full.provenance.fingerprint, "full")
+
+
+TASK_TYPES = {"bert": {"labels": 2}, "gpt2": {"task_type": "CAUSAL_LM"}, "t5": {"task_type": "SEQ_2_SEQ_LM"}}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def ia3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Make a base and an (IA)³ adapter of PEFT's default modules."""
+    root, family = tmp_path_factory.mktemp("ia3"), request.param
+    ADAPTERS[family][0](root / "base", seed=1)
+    model = ia3_adapter(root / "base", root / "adapter", seed=2, **TASK_TYPES[family])
+    data = datasets.Dataset.from_dict(ADAPTERS[family][2])
+    measure = partial(compute_statistics, root / "adapter", dataset=data, device="cpu")
+    return SimpleNamespace(family=family, root=root, model=model, data=data, measure=measure)
+
+
+def test_statistics_of_ia3_are_of_its_vectors_beside_the_base(ia3: Any) -> None:
+    found = ia3.measure(kind=("block_fisher", "fisher"))
+    task = task_data(ia3.root / "base", ia3.model.get_base_model(), ia3.data)
+    for parameter in ia3.model.parameters():
+        parameter.requires_grad_(True)
+    expected = direct_sums(ia3.model, task)
+    vectors = {
+        name.removeprefix("base_model.model.").removesuffix(".default"): name
+        for name, _ in ia3.model.named_parameters()
+        if "ia3_l" in name
+    }
+    assert all(name.endswith(".ia3_l") for name in vectors)
+    for kind, sums in (("block_fisher", expected.block), ("fisher", expected.fisher)):
+        assert set(found.covers(kind)) == vectors.keys()
+        for own, name in vectors.items():
+            assert_close(found.tensor(f"{own}.{kind}"), sums[name], own)
+    assert len(found.keys()) == 2 * len(vectors)
+    default = ia3.measure()
+    assert (default.provenance.kinds, default.provenance.label_source) == (("block_fisher",), "data")
+    for own in vectors:
+        assert_close(default.tensor(f"{own}.block_fisher"), found.tensor(f"{own}.block_fisher"), own)
+    assert default.provenance.fingerprint == open_source(ia3.root / "adapter").fingerprint
+
+
+def test_ia3_vectors_have_no_grams_but_the_merged_modules_have(ia3: Any) -> None:
+    for kind in ("gram", "kfac", ("block_fisher", "gram")):
+        with pytest.raises(RecipeError, match=r"\(IA\)³ adapter changes vectors.*--modules all"):
+            ia3.measure(kind=kind)
+    save(merged_lora(ia3.model), ia3.root / "full", ia3.family)
+    full = compute_statistics(ia3.root / "full", dataset=ia3.data, kind="gram", device="cpu")
+    assert_same_sums(ia3.measure(kind="gram", modules="all")._sums, full._sums)
+
+
+# --- sketches
+
+
+def random_gram(width: int, rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(rows, width, generator=generator) * torch.linspace(1, 0.01, width)
+    return drawn.T @ drawn
+
+
+@pytest.mark.parametrize("rows", [0, 3, 40])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_a_sketch_is_exact_on_its_probes_and_on_the_diagonal(rows: int, rank: int) -> None:
+    gram = random_gram(12, rows, seed=1).double()
+    probes = Sketch(rank).probes(["a"], 12)
+    factor, rest = nystrom((gram @ probes.double()).float(), probes, gram.diagonal().float())
+    assert factor.shape[0] == 12
+    assert factor.shape[1] <= min(rank, rows)
+    seen = factor.double() @ factor.double().T
+    size = float(gram.norm())
+    assert float((seen @ probes.double() - gram @ probes.double()).norm()) <= 1e-5 * size
+    assert float((seen.diagonal() + rest - gram.diagonal()).norm()) <= 1e-5 * size
+    assert float(rest.min()) >= 0
+    assert float(torch.linalg.eigvalsh(gram - seen)[0]) >= -1e-5 * size, "what is left out is positive semidefinite"
+    if rank >= min(12, rows):
+        assert float((seen + rest.diag() - gram).norm()) <= 1e-5 * size
+
+
+def test_probes_span_the_directions_of_all_that_share_an_input() -> None:
+    rows = {
+        name: torch.randn(size, 10, generator=torch.Generator().manual_seed(size))
+        for name, size in (("a", 2), ("b", 3))
+    }
+    rows["s"] = rows["a"]
+    cases = [(1, "a", 2), (1, "ab", 5), (4, "as", 4), (7, "an", 7), (99, "b", 10), (3, "abs", 7), (2, "n", 2)]
+    for rank, modules, columns in cases:
+        probes = Sketch(rank, rows).probes(list(modules), 10).double()
+        assert probes.shape == (10, columns)
+        torch.testing.assert_close(probes.T @ probes, torch.eye(columns).double(), rtol=0, atol=1e-6)
+        for name in set(modules) & rows.keys():
+            block = rows[name].double()
+            torch.testing.assert_close(block @ probes @ probes.T, block, rtol=0, atol=1e-5)
+    one, same, other = (Sketch(4, rows, seed).probes(["a"], 10) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other, atol=1e-3)
+    assert not torch.allclose(Sketch(4).probes(["a"], 10), Sketch(4).probes(["b"], 10), atol=1e-3)
+
+
+@pytest.mark.parametrize("normalization", SIZES)
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("rows", [0, 20])
+def test_curvatures_of_sketches_are_those_of_their_matrix(normalization: str, off_diagonal: float, rows: int) -> None:
+    gram, probes = random_gram(8, rows, seed=2), Sketch(3).probes(["a"], 8)
+    factor, rest = nystrom(gram @ probes, probes, gram.diagonal())
+    tokens, aliases = {"a": 7, "b": 7}, {"b": "a"}
+    sketch = Statistics(
+        Provenance(("gram",)), Sums({"a.input_factor": factor, "a.input_rest": rest}, tokens, aliases, 3)
+    )
+    dense = Statistics(
+        Provenance(("gram",)), Sums({"a.input_gram": factor @ factor.T + rest.diag()}, tokens, aliases, 3)
+    )
+    options = CurvatureOptions(kind="gram", off_diagonal=off_diagonal, normalization=normalization)
+    assert sketch.covers("gram") == dense.covers("gram") == {"a.weight": (0, 8), "b.weight": (0, 8)}
+    assert not sketch.covers("kfac")
+    for parameter in ("a.weight", "b.weight"):
+        low, whole = (s.curvature(parameter, options, dtype=torch.float64) for s in (sketch, dense))
+        assert isinstance(low, LowRank)
+        assert isinstance(whole, Gram)
+        assert_close(low.dense().matrix, whole.matrix, rtol=1e-5)
+        value = torch.randn(2, 8, generator=torch.Generator().manual_seed(3)).double()
+        assert_close(low.matvec(value), whole.matvec(value), rtol=1e-4)
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def lora(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Make a base and a LoRA adapter, and its exact Grams; its A factors are read from its file."""
+    factory, options, rows = ADAPTERS[request.param]
+    root = tmp_path_factory.mktemp("lora")
+    factory(root / "base", seed=1)
+    lora_adapter(root / "base", root / "adapter", seed=2, r=2, **options)
+    stored = load_file(root / "adapter" / "adapter_model.safetensors")
+    ending, prefix = ".lora_A.weight", "base_model.model."
+    A = {k.removeprefix(prefix).removesuffix(ending): v for k, v in stored.items() if k.endswith(ending)}
+    measure = partial(compute_statistics, root / "adapter", dataset=datasets.Dataset.from_dict(rows), device="cpu")
+    sketched = partial(measure, for_adapter=True)
+    return SimpleNamespace(root=root, A=A, exact=measure(kind="gram"), sketched=sketched)
+
+
+def gram_and_sketch(lora: Any, found: Statistics) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Return G, F and the rest, in float64, of every module whose input is sketched for itself or for others."""
+    assert (found.tokens, found.aliases) == (lora.exact.tokens, lora.exact.aliases)
+    grams = [key for key in lora.exact.keys() if key.endswith(".input_gram")]  # noqa: SIM118
+    parts = {}
+    for key in grams:
+        module = key.removesuffix(".input_gram")
+        held = (lora.exact.tensor(key), found.tensor(f"{module}.input_factor"), found.tensor(f"{module}.input_rest"))
+        parts[module] = tuple(tensor.double() for tensor in held)
+    assert len(found.keys()) == 2 * len(parts)
+    return parts
+
+
+@pytest.mark.parametrize("rank", [1, 7])
+def test_sketches_are_exact_on_the_adapters_own_factors(lora: Any, rank: int) -> None:
+    found = lora.sketched(rank=rank)
+    parts = gram_and_sketch(lora, found)
+    assert set(lora.A) <= found.tokens.keys()
+    for module, A in lora.A.items():
+        G, F, _ = parts[found.aliases.get(module, module)]
+        product = A.double() @ G
+        assert float((A.double() @ F @ F.T - product).norm()) <= 1e-5 * float(product.norm()), module
+    shares = []
+    for module, (G, F, rest) in parts.items():
+        members = [name for name in lora.A if found.aliases.get(name, name) == module]
+        assert F.shape[1] <= min(max(rank, 2 * len(members)), len(G))
+        assert_close((F @ F.T).diagonal() + rest, G.diagonal(), module, rtol=1e-5)
+        assert float(rest.min()) >= 0
+        shares.append(float((G.trace() - (F @ F.T).trace()) / G.trace()))
+    assert max(shares) > 0.01
+    assert found.provenance.dropped == pytest.approx(max(shares), rel=1e-3)
+    assert found.provenance.sketch_rank == rank
+    assert (found.provenance.kinds, found.provenance.label_source) == (("gram",), "none")
+
+
+def test_sketches_as_wide_as_the_module_are_the_gram(lora: Any) -> None:
+    found = lora.sketched(rank=64)
+    for module, (G, F, rest) in gram_and_sketch(lora, found).items():
+        assert float((F @ F.T + rest.diag() - G).norm()) <= 1e-5 * float(G.norm()), module
+    assert found.provenance.dropped < 1e-5
+    assert lora.exact.provenance.sketch_rank is None
+
+
+def test_sketches_depend_on_neither_batch_size_nor_run_but_on_the_seed(lora: Any, tmp_path: Path) -> None:
+    one, again = lora.sketched(rank=7, output=tmp_path / "one"), lora.sketched(rank=7)
+    split, other = lora.sketched(rank=7, batch_size=2), lora.sketched(rank=7, seed=1)
+    mine, theirs, drawn = (gram_and_sketch(lora, found) for found in (one, split, other))
+    for module, (G, F, rest) in mine.items():
+        size = float(G.norm())
+        _, F2, rest2 = theirs[module]
+        assert float((F @ F.T - F2 @ F2.T).norm() + (rest - rest2).norm()) <= 1e-5 * size
+    assert any(
+        float((F @ F.T - drawn[m][1] @ drawn[m][1].T).norm()) > 1e-3 * float(G.norm()) for m, (G, F, _) in mine.items()
+    )
+    read = Statistics.load(one.path)
+    assert (read.tokens, read.aliases, read.covers("gram")) == (one.tokens, one.aliases, lora.exact.covers("gram"))
+    assert (read.provenance.sketch_rank, read.provenance.dropped) == (7, one.provenance.dropped)
+    assert set(read.keys()) == set(one.keys())
+    for key in one.keys():  # noqa: SIM118
+        assert torch.equal(read.tensor(key), one.tensor(key))
+        assert torch.equal(again.tensor(key), one.tensor(key))
+        assert read.shape(key) == tuple(one.tensor(key).shape)
+
+
+def test_a_file_of_sketches_is_small(tmp_path: Path) -> None:
+    tiny_bert_body(tmp_path / "base", hidden_size=64, intermediate_size=512, num_hidden_layers=1)
+    lora_adapter(tmp_path / "base", tmp_path / "adapter", r=2, target_modules=["dense"], labels=2)
+    data = datasets.Dataset.from_dict(ADAPTERS["bert"][2])
+    sizes = [
+        compute_statistics(
+            tmp_path / "adapter", dataset=data, kind="gram", rank=4, for_adapter=light, output=tmp_path / str(light)
+        ).path.stat().st_size
+        for light in (False, True)
+    ]  # fmt: skip
+    assert sizes[1] < sizes[0] / 20
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+def test_adapters_are_merged_with_sketches(tmp_path: Path, rank: int) -> None:
+    tiny_gpt2(tmp_path / "base", seed=1)
+    data, found = datasets.Dataset.from_dict({"text": tiny_texts(24, 8)}), {}
+    for name, seed in (("one", 2), ("two", 3)):
+        lora_adapter(tmp_path / "base", tmp_path / name, seed=seed, **ADAPTERS["gpt2"][1])
+        found[name] = compute_statistics(
+            tmp_path / name, dataset=data, for_adapter=True, rank=rank, output=tmp_path / name / STATISTICS_FILE
+        )
+    folders = [str(tmp_path / name) for name in found]
+    merged = mats_hub.merge(folders, method="mats", curvature="gram", solver="exact", device="cpu")
+    written = load_file(merged.folder / "adapter_model.safetensors")
+    own = [load_file(tmp_path / name / "adapter_model.safetensors") for name in found]
+    options = CurvatureOptions(kind="gram")
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        B, A = (f"base_model.model.{name}.lora_{factor}.weight" for factor in "BA")
+        X = written[B].double() @ written[A].double()
+        deltas = [8 / 4 * held[B].double() @ held[A].double() for held in own]
+        curvatures = [
+            s.curvature(f"{name}.weight", options, dtype=torch.float64).dense().matrix for s in found.values()
+        ]
+        left = X @ sum(curvatures)
+        right = sum(delta @ matrix for delta, matrix in zip(deltas, curvatures, strict=True))
+        assert float((left - right).norm()) < 1e-3 * float(right.norm())
+    assert len(merged.report.solved) == 6
+    assert all(record.rank == 8 for record in merged.report.solved)
+
+
+def test_adapters_of_other_modules_are_told_to_measure_all_of_them(tmp_path: Path) -> None:
+    tiny_gpt2(tmp_path / "base", seed=1)
+    data = datasets.Dataset.from_dict({"text": tiny_texts(4, 8)})
+    folders = {name: tmp_path / name for name in ("c_attn", "c_fc")}
+
+    def measure(modules: str) -> None:
+        for folder in folders.values():
+            compute_statistics(folder, dataset=data, modules=modules, output=folder / STATISTICS_FILE, device="cpu")
+
+    for name, folder in folders.items():
+        lora_adapter(tmp_path / "base", folder, task_type="CAUSAL_LM", target_modules=[name])
+    measure("touched")
+    options = {"method": "mats", "device": "cpu", "iterations": 2}
+    with pytest.raises(PlanError, match="--modules all"):
+        mats_hub.merge([str(folder) for folder in folders.values()], **options)
+    measure("all")
+    merged = mats_hub.merge([str(folder) for folder in folders.values()], **options)
+    assert len(merged.report.solved) == 4
+
+
+FOR_ADAPTERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "full checkpoint": ("base", {"for_adapter": True}, "is a full checkpoint"),
+    "(IA)³": ("ia3", {"for_adapter": True}, r"is a \(IA\)³ adapter"),
+    "kfac": ("lora", {"for_adapter": True, "kind": "kfac"}, "kind asked for is kfac"),
+    "both kinds": ("lora", {"for_adapter": True, "kind": ["gram", "kfac"]}, "gram.*kfac"),
+    "no rank": ("saved", {"for_adapter": True, "rank": 0}, "rank"),
+    "modules": ("lora", {"modules": "touhced"}, r"'touhced'.*'touched'\?.*all"),
+    "modules of (IA)³": ("ia3", {"modules": "al"}, r"'al'.*'all'\?"),
+}
+
+
+@pytest.fixture(scope="module")
+def some_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    tiny_gpt2(root / "base")
+    lora_adapter(root / "base", root / "lora", **ADAPTERS["gpt2"][1])
+    lora_adapter(root / "base", root / "saved", **ADAPTERS["gpt2"][1], modules_to_save=["mlp.c_fc"])
+    ia3_adapter(root / "base", root / "ia3", task_type="CAUSAL_LM")
+    return root
+
+
+@pytest.mark.parametrize("name", FOR_ADAPTERS)
+def test_what_adapters_have_no_statistics_of_is_refused(some_adapters: Path, name: str) -> None:
+    model, options, told = FOR_ADAPTERS[name]
+    data = datasets.Dataset.from_dict({"text": tiny_texts(2)})
+    with pytest.raises(RecipeError, match=told):
+        compute_statistics(some_adapters / model, dataset=data, device="cpu", **options)
+
+
+@pytest.mark.parametrize("kind", [None, "gram", ["gram"], ("gram",)], ids=str)
+def test_sketches_are_of_kind_gram_however_it_is_said(some_adapters: Path, kind: Any) -> None:
+    data = datasets.Dataset.from_dict({"text": tiny_texts(2)})
+    found = compute_statistics(some_adapters / "lora", dataset=data, kind=kind, for_adapter=True, device="cpu")
+    assert found.provenance.kinds == ("gram",)
 
 
 def test_bfloat16_runs_are_summed_in_float32(expert: Path) -> None:

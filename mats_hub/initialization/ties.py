@@ -30,7 +30,8 @@ def ties(
     `trim` says which of the two the recipe asks for; it acts through `context.thresholds`.
     """
     cuts = context.thresholds or tuple(_threshold(delta, density) for delta in deltas)
-    trimmed = [torch.where(delta.abs() >= cut, delta, 0) for delta, cut in zip(deltas, cuts, strict=True)]
+    # Magnitudes are ranked and compared in float32: rounding must not put an entry under its own threshold.
+    trimmed = [torch.where(delta.abs().float() >= cut, delta, 0) for delta, cut in zip(deltas, cuts, strict=True)]
     weighted = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
     positive = torch.stack(weighted).sum(0) >= 0
     total, mass = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])

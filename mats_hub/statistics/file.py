@@ -24,6 +24,8 @@ from mats_hub.statistics.accumulate import Sums
 STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
 METADATA_KEY = "mats_statistics"
+STATISTICS_ACCURACY = torch.finfo(torch.float32).eps
+"""Relative rounding error of the stored sums."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Statistics:
         tensors = {key: self.tensor(key).cpu() for key in self.keys()}
         tensors = {key: packed(t) if _is_symmetric(key) else t.contiguous() for key, t in tensors.items()}
         partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(content)})
+        # One entry of metadata alone: safetensors writes several in random order.
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(content)})
         give_usual_mode(partial)
         os.replace(partial, path)
         self.path = path

@@ -101,11 +101,13 @@ def compute_statistics(
     source = open_source(model, token)
     expert = Expert(source, source.name)
     vectors = isinstance(expert.adapter, Ia3Adapter) and modules == "touched"
-    if for_adapter and (not isinstance(expert.adapter, LoraAdapter) or kind not in (None, "gram", ["gram"])):
+    if for_adapter and (not isinstance(expert.adapter, LoraAdapter) or kind not in (None, "gram", ["gram"], ("gram",))):
         raise RecipeError(
             f"statistics for merging adapters (for_adapter, --for-adapter) are Grams of a LoRA adapter, but {source.spec!r} is a "
             f"{expert.kind} and the kind asked for is {kind or 'not given'}; leave for_adapter or the kind out"
         )
+    if rank < 1:
+        raise RecipeError(f"a sketch of rank {rank} (--rank) holds nothing; ask for 1 or more")
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
     for choice, value, known in (("choice of modules", modules, MODULES), ("source of labels", labels, LABELS)):
         if value not in known:
