@@ -342,7 +342,7 @@ class Ia3Adapter(Adapter):
             module = name.removeprefix("base_model.model.")
             if module.endswith(".ia3_l") and header.numel == max(header.shape, default=0):
                 self.vectors[module] = name
-            elif "ia3_" in module or not module.endswith((".weight", ".bias")):
+            elif re.search(r"\.(ia3|lora)_", module) or not module.endswith((".weight", ".bias")):
                 raise self._unknown(name)
             else:
                 self._save(module, name)

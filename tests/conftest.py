@@ -41,6 +41,7 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # the tests run on all cores, one process each
 )
 
 
