@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import warnings
 from itertools import product
@@ -84,14 +85,15 @@ def main() -> None:
     parser.add_argument("--statistics", type=Path, default=Path("statistics"))
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--examples", type=int, default=400)
-    parser.add_argument("--only", help="run only the methods whose name contains this text")
+    parser.add_argument("--only", help="run only the methods whose name this expression is found in")
+    parser.add_argument("--format", default="auto", help="what is merged into: adapter, full or auto")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     bench = Benchmark(arguments)
     bench.measure()
     print(f"experts alone, test accuracy: {json.dumps(bench.alone)}", flush=True)
     for name, settings in (LORA_METHODS if bench.lora else IA3_METHODS).items():
-        if arguments.only is None or arguments.only in name:
+        if arguments.only is None or re.search(arguments.only, name):
             bench.run(name, settings)
 
 
@@ -100,7 +102,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.base, self.statistics, self.max_length = arguments.base, arguments.statistics, arguments.max_length
-        self.examples = arguments.examples
+        self.examples, self.format = arguments.examples, arguments.format
         self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
         self.experts = {task: arguments.experts / task for task in self.tasks}
         config = json.loads((next(iter(self.experts.values())) / "adapter_config.json").read_text())
@@ -147,7 +149,7 @@ class Benchmark:
         best = None
         for setting in settings:
             started = time.perf_counter()
-            model = mats_hub.merge(entries, base=str(self.base), allow_other_base=True, **setting)
+            model = mats_hub.merge(entries, base=str(self.base), allow_other_base=True, format=self.format, **setting)
             seconds = time.perf_counter() - started
             validation = self.mean(self.score(model, "validation"))
             print(f"  {name} {setting}: validation {validation:.4f}, {seconds:.0f} s", flush=True)
