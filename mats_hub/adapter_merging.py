@@ -176,7 +176,7 @@ def _merge_part(
     entry = part.entry
     if part.factors is None:
         origin, deltas = deltas_at(plan, entry, device)
-        merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+        merged = merge_deltas(plan, entry, deltas, context, stored=True)
         origin = origin + 1 if _is_vector(part.own) else origin
         return (origin + merged.value,), merged.record
     # A bare parameter's factors may stand the other way round than those of the module it belongs to.
@@ -215,7 +215,7 @@ def _merge_factors(
     pairs = [_pair(plan, index, entry.key, turned) for index in range(len(plan.experts))]
     if not plan.in_factors(entry):
         _, deltas = deltas_at(plan, entry, device)
-        merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+        merged = merge_deltas(plan, entry, deltas, context, stored=True)
         return None, None, replace(merged, value=next(pair for pair in pairs if pair).as_matrix(merged.value))
     wide = torch.float32 if device.type == "mps" else torch.float64
     factors = [(p.scale * p.B.to(device, wide), p.A.to(device, wide)) if p else None for p in pairs]
@@ -291,10 +291,13 @@ def cut(value: Tensor, rank: int, metric: Gram | LowRank | None = None) -> tuple
         root = S[..., :rank].sqrt()
         error = _ratio(S[..., rank:], S)
         return U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :], {"truncation": error}
-    values, vectors = torch.linalg.eigh(metric.matvec(value) @ value.T)
-    B = vectors[:, -rank:]
-    A, spectrum = B.T @ value, values.clamp(min=0).sqrt()
-    errors = {"truncation": _ratio(value - B @ A, value), "weighted_truncation": _ratio(spectrum[:-rank], spectrum)}
+    values, vectors = torch.linalg.eigh(metric.matvec(value) @ value.mT)
+    B = vectors[..., -rank:]
+    A, spectrum = B.mT @ value, values.clamp(min=0).sqrt()
+    errors = {
+        "truncation": _ratio(value - B @ A, value),
+        "weighted_truncation": _ratio(spectrum[..., :-rank], spectrum),
+    }
     return B, A, errors
 
 

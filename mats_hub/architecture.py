@@ -95,6 +95,33 @@ def _stored_names(model: Any) -> dict[str, str]:
     return found | {vector_of(name): vector_of(other) for name, other in found.items() if name.endswith(".weight")}
 
 
+def stored_experts(model: Any) -> dict[str, tuple[str, int, slice]]:
+    """Return, of parameters that stack the matrices of experts, the tensors that saving would make of them.
+
+    Returns:
+        name in a checkpoint → the stacked parameter, which of its experts, and which rows of that expert's ``[out, in]``.
+
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    import torch
+
+    found: dict[str, tuple[str, int, slice]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 3 or name.endswith(".weight"):
+            continue
+        count, rows = parameter.shape[:2]  # every row is numbered, and the numbers followed through the renaming
+        numbers = torch.arange(count * rows, dtype=torch.float64).reshape(count, rows, 1)
+        for other, part in revert_weight_conversion(model, {name: numbers}).items():
+            held = part.flatten().long().tolist()
+            start = held[0] % rows
+            if part.dim() == 2 and held == list(range(held[0], held[0] + len(held))) and start + len(held) <= rows:
+                found[other] = name, held[0] // rows, slice(start, start + len(held))
+    return found
+
+
 def vector_of(weight: str) -> str:
     """Return the name of the (IA)³ vector of a module, from its weight's."""
     return f"{weight.removesuffix('weight')}ia3_l"

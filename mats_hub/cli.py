@@ -159,7 +159,8 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     for name, owner in OPTION_OWNERS.items():
         holders = [PARTS[owner]] if owner in PARTS else INITIALIZATION_OPTIONS.values()
         described = next(holder.model_fields[name] for holder in holders if name in holder.model_fields)
-        parser.add_argument(_flag(name), help=f"{owner}: {described.description}")
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(described.default, tuple) else {}
+        parser.add_argument(_flag(name), help=f"{owner}: {described.description}", **several)
 
 
 def _flag(name: str) -> str:

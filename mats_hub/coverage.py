@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mats_hub.architecture import align, describe
 from mats_hub.errors import MatsError, StatisticsMismatch
 from mats_hub.expert import Expert
-from mats_hub.plan import Action, Plan
+from mats_hub.plan import MATRIX_KINDS, Action, Plan
 from mats_hub.recipe import STATISTICS_KINDS, ExpertEntry
 from mats_hub.source import open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
@@ -65,14 +65,14 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     """Return for each expert: reference tensor → its parameter's name in the statistics."""
     if plan.recipe.curvature is None:
         return [{} for _ in plan.experts]
-    kind, found = plan.recipe.curvature.kind, []
+    kind, parameters, found = plan.recipe.curvature.kind, plan.recipe.curvature.parameters, []
     if kind == "task_vector":
         known, headers = describe(plan.reference.config).linear, plan.reference.headers
         linear = align(known, headers).values() if known else headers
         return [{key: key for key in linear if len(headers[key].shape) == 2} for _ in plan.experts]
     stored_names = describe(plan.reference.config).stored_names
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
-        covered = statistics.covers(kind) if statistics else {}
+        covered = statistics.covers(kind, parameters) if statistics else {}
         names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
         strangers = [name for name in covered if name not in names and name not in expert.extra]
         if strangers and not expert.adapter:
@@ -86,7 +86,14 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     return found
 
 
-def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) -> tuple[Action, str, tuple[str, ...]]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a weight as the matrix it multiplies by: a convolution's ``[out, in · kernel]``."""
+    return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
+
+
+def decide_solvable(
+    plan: Plan, coverage: Sequence[dict[str, str]], key: str, transposed: Collection[str]
+) -> tuple[Action, str, tuple[str, ...]]:
     """Tell whether every expert's statistics cover a tensor; report those that cover it for some only, or misfit it."""
     assert plan.recipe.curvature is not None
     kind = plan.recipe.curvature.kind
@@ -99,7 +106,7 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
     holders = [names.get(key) for names in coverage]
     found = [name for name in holders if name is not None]
     if not found:
-        return Action.INITIALIZE, f"no expert's statistics have a {kind} curvature for it", ()
+        return Action.INITIALIZE, _why_not(plan, key), ()
     if len(found) < len(holders):
         lacking = [e.name for e, name in zip(plan.experts, holders, strict=True) if name is None]
         if plan.recipe.unmatched == "error":
@@ -115,12 +122,14 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
     for expert, statistics, name in zip(plan.experts, plan.statistics, found, strict=True):
         assert statistics is not None
         acts_on = statistics.covers(kind)[name]
-        stored = acts_on[::-1] if kind != "fisher" and statistics.is_transposed(name) else acts_on
+        turned = kind in MATRIX_KINDS and (statistics.is_transposed(name) or (len(shape) == 3 and key in transposed))
+        stored = (*acts_on[:-2], *acts_on[:-3:-1]) if turned else acts_on
         if kind == "block_fisher":
             stored = (acts_on[0],) if len(acts_on) == 2 else acts_on
             fits = acts_on == (math.prod(shape),) * 2
         else:
-            fits = len(stored) == len(shape) and all(a in (0, b) for a, b in zip(stored, shape, strict=True))
+            acted = matrix_shape(shape) if len(acts_on) < len(shape) else shape
+            fits = len(stored) == len(acted) and all(a in (0, b) for a, b in zip(stored, acted, strict=True))
         if not fits:
             plan.problems.append(
                 StatisticsMismatch(
@@ -129,3 +138,15 @@ def decide_solvable(plan: Plan, coverage: Sequence[dict[str, str]], key: str) ->
                 )
             )
     return Action.SOLVE, f"{kind} curvature of every expert", tuple(found)
+
+
+def _why_not(plan: Plan, key: str) -> str:
+    """Return why no expert's statistics have a curvature for a tensor."""
+    assert plan.recipe.curvature is not None
+    kind, wanted = plan.recipe.curvature.kind, plan.recipe.curvature.parameters
+    for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
+        own = expert.names.get(key)
+        uses = [use for use, _ in (statistics.uses if statistics else {}).get(own or "", ())]
+        if kind in MATRIX_KINDS and uses and not set(uses) <= set(wanted):
+            return f"the recipe does not match parameters of kind {' and '.join(uses)}"
+    return f"no expert's statistics have a {kind} curvature for it"

@@ -2,7 +2,8 @@
 
 A weight θ of a linear module has shape ``[out, in]``, as PyTorch stores it, and nothing is ever flattened or transposed:
 an input Gram A ``[in, in]`` acts from the right (V A), an output Gram B ``[out, out]`` from the left (B V). Inner products
-are ``(a * b).sum()``. ``+`` is always exact: it stays in a class that is closed under addition and is a `Sum` otherwise.
+are ``(a * b).sum()``. Where one parameter stacks the weights of several experts, ``[experts, out, in]``, Grams are stacked the
+same way. ``+`` is always exact: it stays in a class that is closed under addition and is a `Sum` otherwise.
 Adding the factors of two Kronecker products would be wrong, so that is never done. Damping is written out as
 ``curvature + Identity(λ)``.
 """
@@ -107,7 +108,7 @@ class Gram(Curvature):
 
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of A in every row."""
-        return self.matrix.diagonal().expand(shape)
+        return self.matrix.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).expand(shape)
 
     def scaled(self, factor: float) -> Gram:
         """Return factor · C."""
@@ -159,7 +160,8 @@ class Kronecker(Curvature):
 
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the outer product of the diagonals of B and A."""
-        return torch.outer(self.output.diagonal(), self.input.diagonal())
+        rows, columns = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (self.output, self.input))
+        return rows.unsqueeze(-1) * columns.unsqueeze(-2)
 
     def scaled(self, factor: float) -> Kronecker:
         """Return factor · C."""
@@ -233,7 +235,7 @@ def restrict(curvature: Curvature, basis: Tensor) -> Curvature:
         case Identity() | Gram() | LowRank():
             return curvature
         case Kronecker():
-            return Kronecker(basis.T @ curvature.output @ basis, curvature.input)
+            return Kronecker(basis.mT @ curvature.output @ basis, curvature.input)
         case Sum():
             return Sum(tuple(restrict(term, basis) for term in curvature.terms))
     raise TypeError(f"a {type(curvature).__name__} curvature does not restrict to a span of columns")

@@ -31,8 +31,8 @@ class LinearSystem:
 
     @property
     def eps(self) -> float:
-        """Relative rounding error of the system: `accuracy`, or the spacing of the deltas' dtype."""
-        return max(self.accuracy, torch.finfo(self.deltas[0].dtype).eps)
+        """Relative rounding error of a product: the spacing of the deltas' dtype, or of float32 for curvatures in it."""
+        return max(min(self.accuracy, torch.finfo(torch.float32).eps), torch.finfo(self.deltas[0].dtype).eps)
 
     @cached_property
     def operator(self) -> Curvature:

@@ -16,7 +16,7 @@ from mats_hub.curvature import Curvature, restrict
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.linear_system import LinearSystem, match
-from mats_hub.plan import Action, Entry, Plan
+from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord
@@ -60,7 +60,7 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
         copied = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
         return copied, TensorRecord(entry.key, entry.action, entry.reason)
     origin, deltas = deltas_at(plan, entry, device)
-    merged = merge_deltas(plan, entry, deltas, context, turned=entry.transposed)
+    merged = merge_deltas(plan, entry, deltas, context, stored=True)
     return origin + merged.value, merged.record
 
 
@@ -74,16 +74,16 @@ class Merged:
 
 
 def merge_deltas(
-    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, turned: bool = False, basis: Tensor | None = None
+    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, stored: bool = False, basis: Tensor | None = None
 ) -> Merged:
     """Merge the task vectors of one tensor.
 
     Args:
         plan: the merge.
         entry: the tensor.
-        deltas: the experts' task vectors, all of one shape: the stored one, or ``[out, in]``; with `basis`, coordinates.
+        deltas: the experts' task vectors, all of one shape: ``[out, in]``; with `basis`, coordinates.
         context: the merge's context.
-        turned: whether `deltas` are ``[in, out]``, so that curvatures act on their transposes.
+        stored: whether `deltas` have the stored shape instead, perhaps ``[in, out]`` or a convolution's; so has the result then.
         basis: orthonormal columns ``[out, k]`` that the deltas are coordinates ``[k, in]`` in.
 
     """
@@ -97,8 +97,9 @@ def merge_deltas(
         return Merged(start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms))
     assert plan.recipe.solver is not None
     assert plan.recipe.curvature is not None
-    if turned:
-        deltas, start = [delta.mT for delta in deltas], start.mT
+    shape = start.shape
+    if stored:
+        *deltas, start = (_as_matrix(tensor, entry, plan) for tensor in (*deltas, start))
     whole = curvatures_at(plan, entry, deltas)
     curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
     accuracy = 0.0 if plan.recipe.curvature.kind == "task_vector" else STATISTICS_ACCURACY
@@ -126,7 +127,18 @@ def merge_deltas(
         lifted = match(whole, [basis @ delta for delta in deltas], weights)
         outside = _norm(lifted.residual(basis @ value)) / (_norm(lifted.rhs) or 1.0)
         record = replace(record, outside=outside)
-    return Merged(value.mT if turned else value, record, system)
+    turned = stored and entry.transposed
+    return Merged((value.mT if turned else value).reshape(shape), record, system)
+
+
+def _as_matrix(tensor: Tensor, entry: Entry, plan: Plan) -> Tensor:
+    """Return a tensor of the stored shape as curvatures of the recipe's kind act on it."""
+    assert plan.recipe.curvature is not None
+    if plan.recipe.curvature.kind not in MATRIX_KINDS or tensor.dim() < 2:
+        return tensor
+    if entry.transposed:
+        return tensor.mT
+    return tensor.flatten(1) if tensor.dim() > 2 and not entry.stacked else tensor
 
 
 def curvatures_at(plan: Plan, entry: Entry, deltas: list[Tensor]) -> list[Curvature]:

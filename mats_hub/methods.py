@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
         "Dataless Knowledge Fusion (Jin et al., 2023)",
         "2212.09849",
         {"method": "average"},
-        {"kind": "gram", "off_diagonal": 0.9},
+        {"kind": "gram", "off_diagonal": 0.9, "parameters": ("linear",)},
         {"method": "exact"},
     ),
     "mats": Method(

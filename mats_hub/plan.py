@@ -48,6 +48,8 @@ class Entry:
         header: its dtype, shape and file in the reference.
         parameters: for a solved tensor, its name in each expert's statistics.
         transposed: whether it is stored ``[in, out]``, so that a curvature made of Grams acts on its transpose.
+        stacked: whether it stacks the matrices of several experts.
+        on_inputs: whether a Gram acts on its inputs alone (not so for an embedding that is the head, too).
         origin: its name in the base's weights, where they are read; task vectors start from it.
 
     """
@@ -58,6 +60,8 @@ class Entry:
     header: TensorHeader
     parameters: tuple[str, ...] = ()
     transposed: bool = False
+    stacked: bool = False
+    on_inputs: bool = True
     origin: str | None = None
 
 
@@ -154,6 +158,8 @@ class Plan:
         be restricted to the span of the factors.
         """
         if self.recipe.output.format != "adapter" or self.recipe.initialization.method not in LINEAR_INITIALIZATIONS:
+            return False
+        if not entry.on_inputs:
             return False
         kind = self.recipe.curvature.kind if entry.action is Action.SOLVE and self.recipe.curvature else None
         within = self.recipe.solver is not None and self.recipe.solver.subspace == "factors"

@@ -178,20 +178,24 @@ def _fill_entries(plan: Plan) -> None:
     heads = _HeadRule(plan, architecture)
     coverage = coverage_of(plan)
     transposed = set(align(architecture.transposed, reference.headers, architecture.stored_names).values())
-    transposed |= {name for name, (_, turned) in architecture.stacked.items() if turned}
+    stacks = align(architecture.stacked, reference.headers, architecture.stored_names)
+    transposed |= {target for name, target in stacks.items() if architecture.stacked[name][1]}
+    stacked = set(stacks.values())
     plan.kept = {expert.name: _kept_extra(plan, expert) for expert in plan.experts}
     misfits: dict[str, list[str]] = {}
     for key, header in reference.headers.items():
         action, reason = _decide(plan, architecture, heads, key, misfits)
         parameters: tuple[str, ...] = ()
         if action is Action.INITIALIZE and recipe.curvature:
-            action, reason, parameters = decide_solvable(plan, coverage, key)
+            action, reason, parameters = decide_solvable(plan, coverage, key, transposed)
         if action is Action.KEEP:
             _keep(plan, key)
-        measured = zip(plan.statistics, parameters, strict=False)
-        turned = key in transposed or any(s and s.is_transposed(name) for s, name in measured)
-        turned &= recipe.curvature is not None and recipe.curvature.kind in MATRIX_KINDS
-        plan.entries.append(Entry(key, action, reason, header, parameters, turned, key if plan.base_weights else None))
+        matrices = recipe.curvature is not None and recipe.curvature.kind in MATRIX_KINDS
+        measured = [(s, name) for s, name in zip(plan.statistics, parameters, strict=False) if s and matrices]
+        turned = (key in transposed and matrices) or any(s.is_transposed(name) for s, name in measured)
+        on_inputs = all(s.acts_on_inputs(name) for s, name in measured)
+        origin = key if plan.base_weights else None
+        plan.entries.append(Entry(key, action, reason, header, parameters, turned, key in stacked, on_inputs, origin))
     if recipe.output.format == "adapter":
         plan.entries = with_origins(plan)
     else:

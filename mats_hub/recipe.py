@@ -21,6 +21,11 @@ NAME_PATTERN = r"^\w[\w.-]*$"
 """What a task may be called: it becomes a folder's name."""
 
 CurvatureKind = Literal["gram", "kfac", "fisher", "block_fisher", "task_vector"]
+ParameterKind = Literal["linear", "convolution", "experts", "embedding", "norm", "bias"]
+PARAMETERS: tuple[ParameterKind, ...] = get_args(ParameterKind)
+"""What is done with a parameter: it multiplies rows, patches or the rows routed to each of several experts; it is looked up;
+it scales features; it is added."""
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -82,6 +87,9 @@ class Curvature(Part):
     )
     off_diagonal: float = Field(1.0, ge=0, le=1, description="factor of the Grams' off-diagonal entries (RegMean: 0.9)")
     floor: NonNegative = Field(0.0, description="smallest value of a Fisher entry")
+    parameters: tuple[ParameterKind, ...] = Field(
+        PARAMETERS, description="with gram and kfac, the kinds of parameters that are matched; the rest is initialized"
+    )
     normalization: Literal["none", "trace", "frobenius"] = Field(
         "none", description="brings each expert's curvature at each weight to mean diagonal or Frobenius norm one"
     )

@@ -17,7 +17,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker, LowRank
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Sum
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem
 
@@ -55,6 +55,8 @@ class Solution:
 
 
 Preconditioner = Callable[[Tensor], Tensor]
+Accuracy = tuple[float, float]
+"""`LinearSystem.eps` and `LinearSystem.accuracy`."""
 
 
 def conjugate_gradient(
@@ -105,7 +107,8 @@ def conjugate_gradient(
         # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
         size = _norm(p) ** 2
         largest = max(largest, curvature / size) if size > 0 else largest
-        if ry <= 0 or abs(curvature) <= rounding * largest * size or left <= rounding * largest * travelled:
+        low = abs(curvature) <= rounding * largest * size or -system.accuracy * largest * size <= curvature <= 0
+        if ry <= 0 or low or left <= rounding * largest * travelled:
             outcome = Outcome.ROUNDING
             break
         if curvature < 0:
@@ -145,15 +148,15 @@ def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
     terms = [c for c in system.curvatures if isinstance(c, Kronecker)]
     if len(terms) != len(system.curvatures):
         return None
-    traces = [(float(c.output.trace()), float(c.input.trace())) for c in terms]
-    squared = sum(b * a for b, a in traces)
-    if not math.isfinite(squared) or squared < 0:
+    traces = [(_trace(c.output), _trace(c.input)) for c in terms]
+    squared = reduce(add, (b * a for b, a in traces))  # a number, or one for each matrix of a stack
+    if not torch.isfinite(squared).all() or (squared < 0).any():
         raise NumericalError("a curvature with a non-finite or negative trace: not positive semidefinite")
-    if squared == 0:
+    if not squared.any():
         return None
-    total = math.sqrt(squared)
-    output = reduce(add, (c.output * (a / total) for c, (_, a) in zip(terms, traces, strict=True)))
-    inner = reduce(add, (c.input * (b / total) for c, (b, _) in zip(terms, traces, strict=True)))
+    total = torch.where(squared > 0, squared, 1).sqrt()
+    output = reduce(add, (c.output * (a / total)[..., None, None] for c, (_, a) in zip(terms, traces, strict=True)))
+    inner = reduce(add, (c.input * (b / total)[..., None, None] for c, (b, _) in zip(terms, traces, strict=True)))
     return Kronecker(output, inner)
 
 
@@ -172,7 +175,7 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
     left, right = (_damped_cholesky(matrix, damping) for matrix in (near.output, near.input))
 
     def apply(residual: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
+        return torch.cholesky_solve(torch.cholesky_solve(residual, left).mT, right).mT
 
     return apply
 
@@ -183,7 +186,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
     numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
     Factorizations run in float64 where the device has it. Directions whose eigenvalue is at most n · ε · λ_max, with ε the
-    system's rounding error, count as unseen.
+    system's rounding error, or at most its accuracy times λ_max, count as unseen.
 
     Raises:
         NumericalError: a non-finite value, or a curvature that is not positive semidefinite.
@@ -218,52 +221,86 @@ def _norms(system: LinearSystem, r: Tensor) -> tuple[float, float]:
 
 def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     """Return z with A z = r and no component in the null space of A."""
-    operator, eps = system.operator, system.eps
+    operator, accuracy = system.operator, (system.eps, system.accuracy)
     if isinstance(operator, Identity):
         _refuse_negative(operator.scale, operator.scale)
         return r / operator.scale if operator.scale else torch.zeros_like(r)
     if isinstance(operator, Diagonal):
-        if operator.values.numel():
-            _refuse_negative(float(operator.values.min()), float(operator.values.abs().max()))
-        seen = operator.values > 0
-        return torch.where(seen, r / torch.where(seen, operator.values, 1), 0)
+        return _closed_form_of_diagonal(operator.values, r)
     if isinstance(operator, LowRank):
+        if not operator.factor.shape[1]:
+            return _closed_form_of_diagonal(operator.rest, r)
         operator = operator.dense()
     if isinstance(operator, Gram):
-        return _solve_symmetric(operator.matrix, r.T, eps).T
+        return _solve_symmetric(operator.matrix, r.mT, accuracy).mT
     if isinstance(operator, Dense):
-        return _solve_symmetric(operator.matrix, r.reshape(-1, 1), eps).reshape(r.shape)
+        return _solve_symmetric(operator.matrix, r.reshape(-1, 1), accuracy).reshape(r.shape)
     if isinstance(operator, Kronecker):
-        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r, eps).T, eps).T
+        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r, accuracy).mT, accuracy).mT
+    rows = _rows_and_columns(operator)
+    if rows is not None:
+        return _solve_rows_and_columns(*rows, r, accuracy)
     pair = system.curvatures
     if len(pair) == 2 and isinstance(pair[0], Kronecker) and isinstance(pair[1], Kronecker):
-        return _two_kronecker(pair[0], pair[1], r, eps)
+        if r.dim() == 2:
+            return _two_kronecker(pair[0], pair[1], r, accuracy)
+        stacks = zip(pair[0].output, pair[0].input, pair[1].output, pair[1].input, r, strict=True)
+        return torch.stack([_two_kronecker(Kronecker(a, b), Kronecker(c, d), x, accuracy) for a, b, c, d, x in stacks])
     kinds = ", ".join(type(c).__name__ for c in pair)
     raise ValueError(f"no closed form for {len(pair)} experts with curvatures {kinds}: use conjugate gradient")
 
 
-def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor, eps: float) -> Tensor:
+def _closed_form_of_diagonal(values: Tensor, r: Tensor) -> Tensor:
+    if values.numel():
+        _refuse_negative(float(values.min()), float(values.abs().max()))
+    seen = values > 0
+    return torch.where(seen, r / torch.where(seen, values, 1), 0)
+
+
+def _rows_and_columns(operator: Curvature) -> tuple[Tensor, Tensor] | None:
+    """Return (c, A) of an operator V ↦ diag(c) V + V A, a weight looked up by rows and multiplied by, too; else None."""
+    terms = operator.terms if isinstance(operator, Sum) else ()
+    diagonals = [term.values for term in terms if isinstance(term, Diagonal) and term.values.shape[-1] == 1]
+    grams = [term.matrix for term in terms if isinstance(term, Gram)]
+    return (diagonals[0], grams[0]) if len(diagonals) == len(grams) == 1 and len(terms) == 2 else None
+
+
+def _solve_rows_and_columns(c: Tensor, A: Tensor, r: Tensor, accuracy: Accuracy) -> Tensor:
+    """Solve diag(c) Z + Z A = r along the eigenvectors of A = Q diag(λ) Qᵀ, entry by entry: (cᵢ + λⱼ) (Z Q)ᵢⱼ = (r Q)ᵢⱼ."""
+    values, vectors = _eigh(A, accuracy)
+    total = _wide(c) + values.clamp(min=0)
+    seen = total > _cutoff(len(A), accuracy) * total.max()
+    return torch.where(seen, (_wide(r) @ vectors) / torch.where(seen, total, 1), 0) @ vectors.T
+
+
+def _cutoff(size: int, accuracy: Accuracy) -> float:
+    """Return the eigenvalue, relative to the largest of `size`, down to which a direction is seen."""
+    eps, stored = accuracy
+    return max(size * eps, stored)
+
+
+def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor, accuracy: Accuracy) -> Tensor:
     """Solve B₁ Z A₁ + B₂ Z A₂ = r by diagonalizing (B₁, B₂) and (A₁, A₂) at once.
 
     With Pᵀ B₁ P = diag(s), Pᵀ (B₁ + B₂) P = I and likewise R, g for A, Y = P⁻¹ Z R⁻ᵀ solves
     (s gᵀ + (1 − s)(1 − g)ᵀ) * Y = Pᵀ r R entry by entry.
     """
-    P, s = _simultaneous(first.output, second.output, eps)
-    R, g = _simultaneous(first.input, second.input, eps)
+    P, s = _simultaneous(first.output, second.output, accuracy)
+    R, g = _simultaneous(first.input, second.input, accuracy)
     denominator = torch.outer(s, g) + torch.outer(1 - s, 1 - g)
-    seen = denominator > max(r.shape) * eps
+    seen = denominator > _cutoff(max(r.shape), accuracy)
     Y = torch.where(seen, (P.T @ _wide(r) @ R) / torch.where(seen, denominator, 1), 0)
-    return _onto_two_ranges(first, second, P @ Y @ R.T, eps)
+    return _onto_two_ranges(first, second, P @ Y @ R.T, accuracy)
 
 
-def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor, eps: float) -> Tensor:
+def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor, accuracy: Accuracy) -> Tensor:
     """Project Z onto range(B₁ ⊗ A₁) + range(B₂ ⊗ A₂), the range of the sum: what no expert saw is left out.
 
     P and R above are not orthogonal, so zeros in Y do not do that. Along the principal vectors of the two ranges, with
     cosines c of the B's and d of the A's, the projection falls into pairs with Gram matrix [[1, c d], [c d, 1]].
     """
     (Q1, Q2), (S1, S2) = (
-        [_range(matrix, eps) for matrix in pair]
+        [_range(matrix, accuracy) for matrix in pair]
         for pair in ((first.output, second.output), (first.input, second.input))
     )
     if Q1.shape[0] == Q1.shape[1] and S1.shape[0] == S1.shape[1]:
@@ -285,42 +322,44 @@ def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor, eps: float)
     return Q1 @ one @ S1.T + Q2 @ two @ S2.T
 
 
-def _range(matrix: Tensor, eps: float) -> Tensor:
+def _range(matrix: Tensor, accuracy: Accuracy) -> Tensor:
     """Return an orthonormal basis of the range of a symmetric PSD matrix, as columns."""
-    values, vectors = _eigh(matrix, eps)
-    return vectors[:, values > len(values) * eps * values[-1].clamp(min=0)]
+    values, vectors = _eigh(matrix, accuracy)
+    return vectors[:, values > _cutoff(len(values), accuracy) * values[-1].clamp(min=0)]
 
 
-def _simultaneous(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _simultaneous(a: Tensor, b: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor]:
     """Return (P, s) with Pᵀ a P = diag(s) and Pᵀ (a + b) P = I on the range of a + b."""
     a, b = _wide(a), _wide(b)
     values, vectors = torch.linalg.eigh(a + b)
-    keep = values > len(values) * eps * values[-1].clamp(min=0)
+    keep = values > _cutoff(len(values), accuracy) * values[-1].clamp(min=0)
     whiten = vectors[:, keep] / values[keep].sqrt()
     s, rotation = torch.linalg.eigh(whiten.T @ a @ whiten)
     return whiten @ rotation, s.clamp(0, 1)
 
 
-def _solve_symmetric(matrix: Tensor, rhs: Tensor, eps: float) -> Tensor:
-    """Solve matrix · z = rhs for a symmetric PSD matrix, with z = 0 in its numerical null space."""
+def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:
+    """Solve matrix · z = rhs for a symmetric PSD matrix or a stack of them, with z = 0 in the numerical null space."""
+    if matrix.dim() == 3:
+        return torch.stack([_solve_symmetric(m, r, accuracy) for m, r in zip(matrix, rhs, strict=True)])
     wide, right = _wide(matrix), _wide(rhs)
-    cutoff = len(wide) * eps
+    cutoff = _cutoff(len(wide), accuracy)
     factor, failed = torch.linalg.cholesky_ex(wide)
     pivots = factor.diagonal() ** 2
     # A pivot bounds the smallest eigenvalue from above; 1e3 of margin keeps nearly singular matrices with `eigh`.
     if not failed and pivots.min() > 1e3 * cutoff * pivots.max():
         return torch.cholesky_solve(right, factor).to(rhs)
-    values, vectors = _eigh(matrix, eps)
+    values, vectors = _eigh(matrix, accuracy)
     keep = values > cutoff * values[-1].clamp(min=0)
     basis = vectors[:, keep]
     return (basis @ ((basis.T @ right) / values[keep, None])).to(rhs)
 
 
-def _eigh(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues, ascending, and eigenvectors of a matrix that has to be positive semidefinite."""
     values, vectors = torch.linalg.eigh(_wide(matrix))
     if len(values):
-        _refuse_negative(float(values[0]), float(values.abs().max()), eps)
+        _refuse_negative(float(values[0]), float(values.abs().max()), max(accuracy))
     return values, vectors
 
 
@@ -333,11 +372,16 @@ def _refuse_negative(smallest: float, largest: float, eps: float = 0.0) -> None:
 def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
     """Return L with L Lᵀ = matrix + `damping` · its mean diagonal · I."""
     wide = _wide(matrix)
-    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    factor, failed = torch.linalg.cholesky_ex(wide + damping * wide.diagonal().mean() * eye)
-    if failed:
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    size = damping * _trace(wide) / wide.shape[-1]
+    factor, failed = torch.linalg.cholesky_ex(wide + torch.where(size == 0, 1, size)[..., None, None] * eye)
+    if failed.any():
         raise NumericalError("a curvature that is non-finite or not positive semidefinite")
     return factor.to(matrix)
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -45,9 +45,10 @@ from mats_hub.errors import (
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import open_source
 from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics
-from mats_hub.statistics.collect import collect, linear_modules, transposed_modules
+from mats_hub.statistics.collect import collect
 from mats_hub.statistics.sketch import Sketch, nystrom
 from mats_hub.statistics.tasks import Columns, open_task
+from mats_hub.statistics.watch import linear_modules, transposed_modules
 
 EXAMPLES = 7
 ALL = ("gram", "kfac", "fisher", "block_fisher")

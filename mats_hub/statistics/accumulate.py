@@ -19,12 +19,19 @@ class Sums:
         tensors: ``{module}.input_gram`` Σ x xᵀ ``[in, in]``, ``{module}.output_gram`` Σ g gᵀ ``[out, out]`` (float32),
             or of a sketch with probes Ω ``{module}.input_product`` Σ x (xᵀ Ω) ``[in, q]`` and ``{module}.input_diagonal``
             Σ x² ``[in]``,
+            ``{module}.input_counts`` how often each row of an embedding was looked up ``[vocab]``,
+            ``{parameter}.input_squares`` and ``{parameter}.gradient_squares`` Σ over tokens of the square of what a vector
+            scales, and of its gradient from one token ``[d]``,
             ``{parameter}.fisher`` Σ (∂ loss of one example / ∂ parameter)² in the parameter's shape,
             ``{parameter}.block_fisher`` Σ g gᵀ ``[d, d]`` of that gradient, for a vector of d entries.
-        tokens: ``{module}`` → the number of unmasked input rows its Grams sum over.
+            Of experts stored in one parameter the Grams are stacked, ``[experts, d, d]``.
+        tokens: ``{module}`` → the number of unmasked input rows its sums are over.
+        uses: parameter → what is done with it: pairs of a kind (`recipe.PARAMETERS`) and the module whose sums tell of it.
         aliases: module → the module that reads the same input and stores the input Gram for both.
         examples: how many examples were seen.
         probes: module → Ω ``[in, q]``, where its input Gram is sketched.
+        per_token: embedding → whether it is looked up once for each token.
+        token_axis: vectors that scale ``[batch, …, …, features]`` → the axis of tokens.
 
     """
 
@@ -33,6 +40,15 @@ class Sums:
     aliases: dict[str, str] = field(default_factory=dict)
     examples: int = 0
     probes: dict[str, Tensor] = field(default_factory=dict)
+    uses: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    per_token: dict[str, bool] = field(default_factory=dict)
+    token_axis: dict[str, int] = field(default_factory=dict)
+
+    def use(self, parameter: str, kind: str, module: str) -> None:
+        """Note what is done with a parameter."""
+        held = self.uses.setdefault(parameter, [])
+        if (kind, module) not in held:
+            held.append((kind, module))
 
     def add_inputs(self, module: str, rows: Tensor) -> None:
         """Add the rows ``[n, in]`` that a module reads to its input Gram, or to the sketch of it."""
@@ -42,11 +58,16 @@ class Sums:
         self.add(f"{module}.input_product", rows.T @ (rows @ self.probes[module].to(rows.device)))
         self.add(f"{module}.input_diagonal", rows.square().sum(0))
 
-    def add_rows(self, key: str, rows: Tensor) -> None:
-        """Add Σ r rᵀ over the rows of a ``[n, d]`` tensor to the Gram ``[d, d]`` under `key`."""
+    def add_rows(self, key: str, rows: Tensor, index: int | None = None, count: int = 0) -> None:
+        """Add Σ r rᵀ over the rows of a ``[n, d]`` tensor to the Gram ``[d, d]`` under `key`, or to one of `count` stacked."""
         rows = rows.detach().to(torch.float32)
         gram = rows.T @ rows
-        self.add(key, gram.triu() + gram.triu(1).T)  # a product's two halves may differ in the last digit
+        gram = gram.triu() + gram.triu(1).T  # a product's two halves may differ in the last digit
+        if index is None:
+            return self.add(key, gram)
+        if key not in self.tensors:
+            self.tensors[key] = gram.new_zeros(count, *gram.shape)
+        self.tensors[key][index] += gram
 
     def add(self, key: str, value: Tensor) -> None:
         """Add a tensor to the sum under `key`."""
@@ -61,7 +82,32 @@ class Sums:
             raise ValueError("these sums are of different modules or kinds and cannot be added")
         tensors = {key: value + other.tensors[key] for key, value in self.tensors.items()}
         tokens = _added(self.tokens, other.tokens)
-        return Sums(tensors, tokens, dict(self.aliases), self.examples + other.examples, dict(self.probes))
+        examples = self.examples + other.examples
+        return Sums(tensors, tokens, dict(self.aliases), examples, dict(self.probes), dict(self.uses))
+
+    def split_experts(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
+        """Give the matrices of stacked experts sums of their own, under the names they have in a checkpoint.
+
+        Args:
+            parts: name in a checkpoint → the stacked parameter, which of its experts, and which rows of it.
+
+        """
+        for other, (parameter, index, rows) in parts.items():
+            if parameter not in self.uses:
+                continue
+            module, first = other.removesuffix(".weight"), f"{parameter}.{index}"
+            self.uses[other], self.tokens[module] = [("linear", module)], self.tokens[parameter]
+            if f"{first}.input_gram" not in self.tensors:
+                self.tensors[f"{first}.input_gram"] = self.tensors[f"{parameter}.input_gram"][index].clone()
+            self.aliases[module] = first
+            if f"{parameter}.output_gram" in self.tensors:
+                whole = self.tensors[f"{parameter}.output_gram"][index]
+                self.tensors[f"{module}.output_gram"] = whole[rows, rows].clone()
+        for parameter in dict.fromkeys(name for name, _, _ in parts.values()):
+            if self.uses.pop(parameter, None):
+                self.tokens.pop(parameter)
+                self.tensors.pop(f"{parameter}.input_gram")
+                self.tensors.pop(f"{parameter}.output_gram", None)
 
     def finish_sketches(self) -> float:
         """Replace each sketch's sums by ``{module}.input_factor`` F ``[in, q]`` and ``{module}.input_rest`` ``[in]``.

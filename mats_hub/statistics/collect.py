@@ -1,8 +1,8 @@
-"""Measuring a model's statistics with hooks on its modules: no table of architectures."""
+"""Measuring a model's statistics, batch by batch, whatever its architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mats_hub.errors import NumericalError, StatisticsError
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.sketch import Sketch
+from mats_hub.statistics.watch import MAX_FEATURES, Watch, has_experts
 
-MAX_FEATURES = 16384
-"""Modules with more inputs or outputs than this get no Gram: a vocabulary's output Gram alone would take gigabytes."""
+IGNORED = -100
+"""The label that transformers' losses leave out."""
 
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -49,17 +50,27 @@ def collect(
     training = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for p in model.parameters()}
     model.eval()
-    sums = Sums()
+    singly: bool | None = None  # not known before a batch of several examples
+    sums, config = Sums(), getattr(model, "config", None)
+    fused = getattr(config, "_experts_implementation", None)
     try:
+        if fused and config is not None:  # one matrix after another, so that it is seen which tokens each one gets
+            config._experts_implementation = "eager"
+
         for batch in batches:
-            if sketch is not None and not sums.examples:
-                _draw_probes(model, batch, sums, masks, only, sketch)
             if "gram" in kinds or "kfac" in kinds:
-                _add_grams(model, batch, sums, "kfac" in kinds, loss, masks, only)
+                if not sums.examples:
+                    _find_shared(model, batch, sums, masks, only, sketch)
+                if singly is None and _batch_size(batch) > 1:
+                    singly = _mixes_examples(model, batch, sums, masks, only)
+                for part in _without_padding(batch) if singly else [batch]:
+                    _add_grams(model, part, sums, "kfac" in kinds, loss, masks, only)
             if "fisher" in kinds or "block_fisher" in kinds:
                 _add_fisher(model, batch, sums, kinds, loss, only)
             sums.examples += _batch_size(batch)
     finally:
+        if fused and config is not None:
+            config._experts_implementation = fused
         for module, flag in training.items():
             module.training = flag
         for parameter, flag in required.items():
@@ -72,95 +83,29 @@ def collect(
     return sums
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that multiply by a weight of their own: Linear and Conv1D, without tied or very wide ones."""
-    from transformers.pytorch_utils import Conv1D
-
-    seen: set[int] = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen:
-            if max(module.weight.shape) <= MAX_FEATURES:
-                found[name] = module
-            seen.add(id(module.weight))
-    return found
-
-
-def transposed_modules(model: nn.Module) -> list[str]:
-    """Return the modules that store their weight ``[in, out]``."""
-    from transformers.pytorch_utils import Conv1D
-
-    return [name for name, module in linear_modules(model).items() if isinstance(module, Conv1D)]
-
-
 def _batch_size(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor))
 
 
-class _GramHooks:
-    """Hooks of one forward (and backward) pass that add every linear module's Grams to `sums`."""
-
-    def __init__(self, modules: dict[str, nn.Module], sums: Sums, gradients: bool, masks: Sequence[Tensor]) -> None:
-        self._sums, self._gradients, self._masks = sums, gradients, masks
-        self._last: tuple[Tensor | None, str] = (None, "")
-        self._handles = []
-        for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._on_input(name), with_kwargs=True))
-            if gradients:
-                self._handles.append(module.register_forward_hook(self._on_output(name)))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _on_input(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            x = inputs[0] if inputs else next(iter(named.values()))
-            rows = self._unmasked(x)
-            self._sums.tokens[name] = self._sums.tokens.get(name, 0) + len(rows)
-            # The last distinct input is kept alive, so its address cannot be taken by another tensor meanwhile.
-            last, leader = self._last
-            if last is None or not _same_tensor(last, x):
-                leader = name
-                self._last = (x, name)
-            self._add_input(name, leader, rows)
-            if self._gradients and not x.requires_grad:
-                return (x.detach().requires_grad_(), *inputs[1:]), {} if not inputs else named
-            return None
-
-        return hook
-
-    def _add_input(self, name: str, leader: str, rows: Tensor) -> None:
-        known = self._sums.aliases.get(name)
-        stored = any(f"{name}.input_{what}" in self._sums.tensors for what in ("gram", "product"))
-        if known is None and leader != name and not stored:
-            known = self._sums.aliases[name] = leader
-        if known is None:
-            self._sums.add_inputs(name, rows)
-        elif known != leader:
-            raise StatisticsError(
-                f"module {name!r} read the same input as {known!r} at first and another one later; its path through the "
-                "model depends on the data, which shared Grams cannot follow"
-            )
-
-    def _on_output(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: self._sums.add_rows(f"{name}.output_gram", self._unmasked(gradient)))
-
-        return hook
-
-    def _unmasked(self, value: Tensor) -> Tensor:
-        """Return the rows ``[n, features]`` of a module's input or output gradient that belong to real tokens."""
-        for mask in self._masks:
-            if value.dim() >= 3 and value.shape[:2] == mask.shape:
-                return value[mask].reshape(-1, value.shape[-1])
-            if value.dim() == 2 and len(value) == mask.numel() and len(value) != len(mask):
-                return value[mask.reshape(-1)]
-        return value.reshape(-1, value.shape[-1])
+def _example(batch: Batch, index: int) -> Batch:
+    return {key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+def _without_padding(batch: Batch) -> list[Batch]:
+    """Return the examples one by one, each side of theirs cut to its own tokens."""
+    found = []
+    for index in range(_batch_size(batch)):
+        example = _example(batch, index)
+        mask, labels = example.get("attention_mask"), example.get("labels")
+        cut = {} if mask is None else {key: int(mask.sum()) for key, v in example.items() if _same_shape(v, mask)}
+        if labels is not None and labels.dim() == 2 and "labels" not in cut and not labels.is_floating_point():
+            cut["labels"] = int((labels != IGNORED).sum())
+        found.append({key: value[:, : cut[key]] if key in cut else value for key, value in example.items()})
+    return found
+
+
+def _same_shape(value: Any, mask: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == mask.shape
 
 
 def _add_grams(
@@ -174,31 +119,56 @@ def _add_grams(
 ) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    modules = linear_modules(model)
-    chosen = {name: m for name, m in modules.items() if only is None or f"{name}.weight" in only}
-    hooks = _GramHooks(chosen, sums, gradients, masks(batch))
-    try:
-        with torch.set_grad_enabled(gradients):
-            if gradients:
-                loss(model, batch).backward()
-            else:
-                model(**{key: value for key, value in batch.items() if key != "labels" or _needs_labels(model)})
-    finally:
-        hooks.remove()
+    with Watch(model, sums, gradients, masks(batch), _batch_size(batch), only), torch.set_grad_enabled(gradients):
+        if gradients:
+            value = loss(model, batch)
+        else:
+            _forward(model, batch)
+    if gradients:
+        value.backward()
 
 
-def _draw_probes(
-    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None, sketch: Sketch
+def _forward(model: nn.Module, batch: Batch) -> None:
+    model(**{key: value for key, value in batch.items() if key != "labels" or _needs_labels(model)})
+
+
+def _trial(
+    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None
+) -> tuple[Watch, Sums]:
+    """Run a batch without adding to any sums; what is found of its embeddings and axes is kept in `sums`."""
+    found = Sums(per_token=sums.per_token, token_axis=sums.token_axis)
+    with torch.no_grad(), Watch(model, found, False, masks(batch), _batch_size(batch), only, trial=True) as watch:
+        _forward(model, batch)
+    return watch, found
+
+
+def _find_shared(
+    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None, sketch: Sketch | None
 ) -> None:
-    """Run one batch to see which modules read the same input, and draw the probes of each input."""
-    trial = Sums()
-    _add_grams(model, batch, trial, False, lambda model, batch: torch.zeros(()), masks, only)
-    modules = linear_modules(model)
-    transposed = set(transposed_modules(model))
-    for leader in (name for name in trial.tokens if name not in trial.aliases):
-        members = [leader, *(name for name, other in trial.aliases.items() if other == leader)]
-        out, inner = modules[leader].get_parameter("weight").shape
-        sums.probes[leader] = sketch.probes(members, out if leader in transposed else inner)
+    """See with one example which modules read the same input, and draw the probes of what they read."""
+    watch, _ = _trial(model, _without_padding(batch)[0], sums, masks, only)
+    sums.aliases = watch.aliases()
+    for leader, width in watch.widths.items() if sketch is not None else ():
+        if sketch is not None and leader not in sums.aliases:
+            members = [leader, *(name for name, other in sums.aliases.items() if other == leader)]
+            sums.probes[leader] = sketch.probes(members, width)
+
+
+def _mixes_examples(
+    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None
+) -> bool:
+    """Tell whether a batch has to be taken apart, its examples one by one and without padding.
+
+    That is so where the model mixes the tokens of several examples, or computes something once for all of them: then its
+    modules do not see as many rows together as they see one by one.
+    """
+    if has_experts(model):
+        return True
+    apart: dict[str, int] = {}
+    for example in _without_padding(batch):
+        tokens = _trial(model, example, sums, masks, only)[1].tokens
+        apart = {name: apart.get(name, 0) + tokens.get(name, 0) for name in {**apart, **tokens}}
+    return _trial(model, batch, sums, masks, only)[1].tokens != apart
 
 
 def _needs_labels(model: nn.Module) -> bool:
@@ -220,10 +190,7 @@ def _add_fisher(
         if p.is_floating_point() and (only is None or name in only)
     }
     for index in range(_batch_size(batch)):
-        example = {
-            key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()
-        }
-        value = loss(model, example)
+        value = loss(model, _example(batch, index))
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
             flat = torch.zeros_like(parameter) if gradient is None else gradient

@@ -6,8 +6,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import KeysView
+from collections.abc import Collection, KeysView
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mats_hub.architecture import layer_pattern
-from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Kronecker, LowRank
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank
 from mats_hub.errors import CheckpointError, StatisticsError, StatisticsMismatch
+from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import TensorHeader, give_usual_mode, read_header
 from mats_hub.statistics.accumulate import Sums
@@ -24,6 +27,9 @@ from mats_hub.statistics.accumulate import Sums
 STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
 METADATA_KEY = "mats_statistics"
+VECTOR_SUMS = {"gram": "input_squares", "kfac": "gradient_squares"}
+"""Of a vector that scales features: kind of curvature → the sum it is made from."""
+
 STATISTICS_ACCURACY = torch.finfo(torch.float32).eps
 """Relative rounding error of the stored sums."""
 
@@ -78,14 +84,16 @@ class Statistics:
 
     Attributes:
         provenance: where they come from.
-        tokens: module → the number of rows its Grams sum over.
+        tokens: module → the number of rows its sums are over.
         aliases: module → the module that stores the input Gram for both.
+        uses: parameter → what is done with it, in which modules.
 
     """
 
     def __init__(self, provenance: Provenance, sums: Sums, path: Path | None = None) -> None:
         self.provenance, self._sums, self.path = provenance, sums, path
         self.tokens, self.aliases = sums.tokens, sums.aliases
+        self.uses = sums.uses or {f"{module}.weight": [("linear", module)] for module in self.tokens}
         self._headers: dict[str, TensorHeader] = {}
 
     @classmethod
@@ -116,11 +124,13 @@ class Statistics:
             )
             tokens = {str(key): int(value) for key, value in content["tokens"].items()}
             aliases = {str(key): str(value) for key, value in content["aliases"].items()}
+            listed = content.get("uses", {}).items()
+            uses = {str(key): [(str(kind), str(module)) for kind, module in found] for key, found in listed}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise StatisticsError(
                 f"{path.name!r} is a safetensors file but holds no statistics of this package"
             ) from None
-        statistics = cls(provenance, Sums({}, tokens, aliases, provenance.examples), path)
+        statistics = cls(provenance, Sums({}, tokens, aliases, provenance.examples, uses=uses), path)
         statistics._headers = headers
         return statistics
 
@@ -133,7 +143,12 @@ class Statistics:
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"provenance": asdict(self.provenance), "tokens": self.tokens, "aliases": self.aliases}
+        content = {
+            "provenance": asdict(self.provenance),
+            "tokens": self.tokens,
+            "aliases": self.aliases,
+            "uses": self.uses,
+        }
         tensors = {key: self.tensor(key).cpu() for key in self.keys()}
         tensors = {key: packed(t) if _is_symmetric(key) else t.contiguous() for key, t in tensors.items()}
         partial = path.with_name(f".{path.name}.partial")
@@ -153,7 +168,7 @@ class Statistics:
         if not self._headers:
             return tuple(self._sums.tensors[key].shape)
         shape = self._headers[key].shape
-        return (_side(shape[0]),) * 2 if _is_symmetric(key) and len(shape) == 1 else shape
+        return (*shape[:-1], *(_side(shape[-1]),) * 2) if self._is_packed(key, len(shape)) else shape
 
     def tensor(self, key: str) -> Tensor:
         """Return a stored sum."""
@@ -164,15 +179,21 @@ class Statistics:
         try:
             with safe_open(self.path, framework="pt") as file:
                 stored = file.get_tensor(key)
-                if stored.dim() != 1 or not _is_symmetric(key):
+                if not self._is_packed(key, stored.dim()):
                     return stored
-                if _side(len(stored)) * (_side(len(stored)) + 1) != 2 * len(stored):
+                side = _side(stored.shape[-1])
+                if side * (side + 1) != 2 * stored.shape[-1]:
                     raise CheckpointError(
                         f"statistics {self.provenance.model!r}: {key!r} holds no triangle of a matrix"
                     )
                 return unpacked(stored)
         except SafetensorError as error:
             raise CheckpointError(f"statistics {self.provenance.model!r} cannot be read: {error}") from None
+
+    def _is_packed(self, key: str, dimensions: int) -> bool:
+        """Tell whether a stored tensor holds the triangle of a symmetric matrix, or of a stack of them."""
+        stacked = any(("experts", key.rpartition(".")[0]) in found for found in self.uses.values())
+        return _is_symmetric(key) and dimensions == (2 if stacked else 1)
 
     def __str__(self) -> str:
         found = self.provenance
@@ -194,29 +215,66 @@ class Statistics:
         shared = f", {len(self.aliases)} modules share another's input Gram" if self.aliases else ""
         return "\n".join([*lines, f"{len(self.keys())} sums{shared}"])
 
-    def covers(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Return the parameters that a curvature of this kind exists for → the shape it acts on, ``[out, in]``.
+    def covers(self, kind: str, parameters: Collection[str] = PARAMETERS) -> dict[str, tuple[int, ...]]:
+        """Return the parameters that a curvature of this kind exists for → the shape it acts on, ``[out, in]``; 0 is any size.
 
         A block Fisher acts on a vector of d entries in any shape; for it ``[d, d]`` is given.
+
+        Args:
+            kind: of curvature.
+            parameters: with ``gram`` and ``kfac``, the kinds of parameters that are wanted.
+
         """
         if kind in ("fisher", "block_fisher"):
             ending = f".{kind}"
             return {key.removesuffix(ending): self.shape(key) for key in self.keys() if key.endswith(ending)}
-        found: dict[str, tuple[int, ...]] = {}
-        for module in self.tokens:
-            source = self.aliases.get(module, module)
-            whole, sketch = f"{source}.input_gram", f"{source}.input_factor"
-            inner = sketch if sketch in self.keys() else whole
-            outer = f"{module}.output_gram"
-            if kind == "gram" and inner in self.keys():
-                found[f"{module}.weight"] = (0, self.shape(inner)[0])
-            elif inner in self.keys() and outer in self.keys():
-                found[f"{module}.weight"] = (self.shape(outer)[0], self.shape(inner)[0])
+        if kind == "kfac" and kind not in self.provenance.kinds:
+            return {}
+        found = {}
+        for parameter, uses in self.uses.items():
+            acting = (self._acts_on(kind, parameter, use, module) for use, module in uses if use in parameters)
+            shapes = [shape for shape in acting if shape is not None]
+            if len(shapes) == len(uses):
+                if len(shapes) > 1:  # an embedding that is the head, too, acts as it is stored
+                    shapes = [s[::-1] if use == "embedding" else s for (use, _), s in zip(uses, shapes, strict=True)]
+                found[parameter] = tuple(map(max, zip(*shapes, strict=True)))
         return found
 
+    def _acts_on(self, kind: str, parameter: str, use: str, module: str) -> tuple[int, ...] | None:
+        """Return the shape that the curvature of one use of a parameter acts on, or None where there is none."""
+        keys = self.keys()
+        if use == "embedding":
+            counts = f"{module}.input_counts"
+            return (0, *self.shape(counts)) if counts in keys else None
+        if use == "norm":
+            squares = f"{parameter}.{VECTOR_SUMS[kind]}"
+            return self.shape(squares) if squares in keys else None
+        outer = f"{module}.output_gram"
+        if use == "bias":
+            squares = f"{parameter}.gradient_squares"
+            held = next((key for key in (outer, squares) if key in keys), None) if kind == "kfac" else None
+            return self.shape(held)[:1] if held else (0,)
+        source = self.aliases.get(module, module)
+        inner = next(
+            (f"{source}.input_{what}" for what in ("factor", "gram") if f"{source}.input_{what}" in keys), None
+        )
+        if inner is None:
+            return None
+        wide = kind == "kfac" and outer in keys
+        stack = self.shape(inner)[:1] if use == "experts" else ()
+        return (*stack, self.shape(outer)[-1] if wide else 0, self.shape(inner)[0 if inner.endswith("factor") else -1])
+
     def is_transposed(self, parameter: str) -> bool:
-        """Tell whether the module stores this weight ``[in, out]``."""
-        return parameter.removesuffix(".weight") in self.provenance.transposed
+        """Tell whether a curvature acts on the transpose of this weight as it is stored, ``[in, out]``.
+
+        An embedding is a linear map of one-hot inputs, stored that way; where it is the head, too, it acts as it is stored.
+        """
+        uses = [use for use, _ in self.uses.get(parameter, ())]
+        return uses == ["embedding"] or parameter.removesuffix(".weight") in self.provenance.transposed
+
+    def acts_on_inputs(self, parameter: str) -> bool:
+        """Tell whether a Gram of this weight acts on its inputs alone, and not, as of an embedding that is the head, on both."""
+        return len(self.uses.get(parameter, ())) < 2
 
     def check_expert(self, name: str, fingerprint: str, public_spec: str) -> None:
         """Refuse statistics of other weights than the expert's.
@@ -255,30 +313,60 @@ class Statistics:
         if options.kind == "fisher":
             values = self.tensor(f"{parameter}.fisher").to(device, dtype) / max(self.provenance.examples, 1)
             return _normalized_diagonal(values.clamp(min=options.floor), options.normalization)
-        module = parameter.removesuffix(".weight")
+        uses = self.uses[parameter]
+        parts = (self._of_use(use, module, parameter, options, device, dtype, len(uses) > 1) for use, module in uses)
+        return reduce(add, parts)
+
+    def _of_use(
+        self,
+        use: str,
+        module: str,
+        parameter: str,
+        options: CurvatureOptions,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        shared: bool,
+    ) -> Curvature:
+        """Return the curvature of one use of a parameter; of an embedding that is `shared` with the head by its rows."""
         count = max(self.tokens[module], 1)
+
+        def mean(key: str) -> Tensor:
+            return self.tensor(key).to(device, dtype) / count
+
+        kfac, outer = options.kind == "kfac", f"{module}.output_gram"
+        if use == "embedding":
+            counts = mean(f"{module}.input_counts")
+            if shared:
+                return _normalized_diagonal(counts[:, None], options.normalization)
+            return _conditioned_sketch(LowRank(counts.new_zeros(len(counts), 0), counts), options)
+        if use == "norm":
+            return _normalized_diagonal(mean(f"{parameter}.{VECTOR_SUMS[options.kind]}"), options.normalization)
+        if use == "bias":  # of a constant input
+            squares = f"{parameter}.gradient_squares"
+            if kfac and squares in self.keys():
+                return _normalized_diagonal(mean(squares), options.normalization)
+            return Dense(conditioned_gram(mean(outer), options).matrix) if kfac and outer in self.keys() else Identity()
         source = self.aliases.get(module, module)
         if f"{source}.input_factor" in self.keys():
             parts = (self.tensor(f"{source}.input_{part}").to(device, dtype) for part in ("factor", "rest"))
             return _conditioned_sketch(LowRank(*parts).scaled(1 / count), options)
-        inner = conditioned_gram(self.tensor(f"{source}.input_gram").to(device, dtype) / count, options)
-        if options.kind == "gram":
+        inner = conditioned_gram(mean(f"{source}.input_gram"), options)
+        if not kfac or outer not in self.keys():
             return inner
-        outer = conditioned_gram(self.tensor(f"{module}.output_gram").to(device, dtype) / count, options)
-        return Kronecker(outer.matrix, inner.matrix)
+        return Kronecker(conditioned_gram(mean(outer), options).matrix, inner.matrix)
 
 
 def packed(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric matrix ``[n, n]``, row by row: ``[n (n + 1) / 2]``."""
-    return matrix[torch.ones(matrix.shape, dtype=torch.bool).triu()]
+    """Return the upper triangle of symmetric matrices ``[…, n, n]``, row by row: ``[…, n (n + 1) / 2]``."""
+    return matrix[..., torch.ones(matrix.shape[-2:], dtype=torch.bool).triu()].contiguous()
 
 
 def unpacked(triangle: Tensor) -> Tensor:
-    """Return the symmetric matrix ``[n, n]`` of an upper triangle ``[n (n + 1) / 2]``."""
-    side = _side(len(triangle))
-    matrix = torch.zeros(side, side, dtype=triangle.dtype)
-    matrix[torch.ones(side, side, dtype=torch.bool).triu()] = triangle
-    return matrix + matrix.triu(1).T
+    """Return the symmetric matrices ``[…, n, n]`` of upper triangles ``[…, n (n + 1) / 2]``."""
+    side = _side(triangle.shape[-1])
+    matrix = torch.zeros(*triangle.shape[:-1], side, side, dtype=triangle.dtype)
+    matrix[..., torch.ones(side, side, dtype=torch.bool).triu()] = triangle
+    return matrix + matrix.triu(1).mT
 
 
 def _side(entries: int) -> int:
@@ -307,11 +395,14 @@ def _conditioned_sketch(curvature: LowRank, options: CurvatureOptions) -> LowRan
 
 
 def _off_diagonal(matrix: Tensor, factor: float) -> Tensor:
-    return matrix if factor == 1 else matrix * factor + torch.diag(matrix.diagonal() * (1 - factor))
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix if factor == 1 else matrix * factor + torch.diag_embed(diagonal * (1 - factor))
 
 
 def _normalized(matrix: Tensor, how: str) -> Tensor:
-    size = {"none": 1.0, "trace": float(matrix.trace()) / len(matrix), "frobenius": float(matrix.norm())}[how]
+    size = {"none": 1.0, "trace": float(matrix.diagonal(dim1=-2, dim2=-1).mean()), "frobenius": float(matrix.norm())}[
+        how
+    ]
     return matrix / size if size > 0 else matrix
 
 

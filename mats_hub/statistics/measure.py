@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mats_hub.adapter import Ia3Adapter, LoraAdapter
+from mats_hub.architecture import stored_experts
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.expert import Expert
@@ -16,10 +17,11 @@ from mats_hub.loading import load_adapted, load_expert
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
-from mats_hub.statistics.collect import collect, transposed_modules
+from mats_hub.statistics.collect import collect
 from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
+from mats_hub.statistics.watch import transposed_modules
 
 MODULES = ("touched", "all")
 LABELS = ("data", "model")
@@ -141,6 +143,8 @@ def compute_statistics(
     sketch = Sketch(rank, _directions(expert.adapter), seed) if isinstance(expert.adapter, LoraAdapter) else None
     sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch if for_adapter else None)
     dropped = sums.finish_sketches()
+    if not expert.adapter:
+        sums.split_experts(stored_experts(network))
     if vectors:
         sums.tensors = {_own_name(key): value for key, value in sums.tensors.items()}
     provenance = Provenance(

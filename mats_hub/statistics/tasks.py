@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from mats_hub.errors import SourceError, StatisticsError, unknown
 from mats_hub.source import Source, hub_api, hub_errors
-
-IGNORED = -100
-"""The label that transformers' losses leave out."""
+from mats_hub.statistics.collect import IGNORED
 
 
 @dataclass(frozen=True)
