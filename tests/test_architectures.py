@@ -54,8 +54,17 @@ def test_full_checkpoints(family, tmp_path):
         experts.append(str(folder))
     for method, options in (("regmean", {}), ("mats", {"solver": "exact"}), ("mats", {"iterations": 5})):
         merged = mats_hub.merge(experts, base=str(tmp_path / "base"), method=method, **options)
-        assert len(merged.report.solved) == linear, [r.key for r in merged.report.solved]
-        assert all(record.residual < record.residuals[0] for record in merged.report.solved)
+        solved = merged.report.solved
+        told = {e.key: e.reason for e in merged.report.tensors if e.action == "initialize"}
+        if method == "regmean":
+            assert len(solved) == linear, [r.key for r in solved]
+        else:  # everything but what stands in no module
+            assert all("statistics have a" in reason for reason in told.values())
+            assert all(
+                "relative_attention_bias" in key or key.endswith(("cls_token", "position_embeddings")) for key in told
+            )
+            assert len(solved) > linear
+        assert all(record.residual < record.residuals[0] or record.residuals[0] < 1e-6 for record in solved)
         loaded = getattr(transformers, type(base).__name__).from_pretrained(merged.folder)
         assert loaded.state_dict().keys() == base.state_dict().keys()
         mine = merged.load().state_dict()

@@ -536,7 +536,7 @@ def test_grams_of_the_folded_modules_are_matched_in_a_full_checkpoint(bert, gram
     base, written = models.state(base_model(bert)), body(merged, bert, "one")
     folded_states = [models.state(models.merged_lora(bert.model[name])) for name in grams]
     touched = {f"{module}.weight" for name in grams for module in vectors_in(bert.folder[name])}
-    assert {f"bert.{record.key}" for record in merged.report.solved} == touched
+    assert {f"bert.{r.key}" for r in merged.report.solved if not r.key.endswith(".bias")} == touched
     for key in touched:
         module = key.removesuffix(".weight")
         own = [

@@ -130,7 +130,8 @@ def test_mats_records_and_lowers_the_residual(family):
     assert merged.report.solved
     for record in merged.report.solved:
         assert record.iterations <= 40
-        assert record.residual < record.residuals[0] / 5
+        # Of what is the same for all experts, rounding error alone is there from the start.
+        assert record.residual < max(record.residuals[0] / 5, 1e-6)
         assert len(record.expert_norms) == 3
 
 
@@ -460,7 +461,7 @@ def test_methods_on_task_vectors_need_a_base(family):
 
 def test_two_experts_with_kfac_are_solved_exactly(family):
     merged = mats_hub.merge(family.experts[:2], base=family.base, method="mats", solver="exact")
-    assert all(record.residual < 1e-3 * record.residuals[0] for record in merged.report.solved)
+    assert all(record.residual < max(1e-3 * record.residuals[0], 1e-6) for record in merged.report.solved)
 
 
 @pytest.mark.gpu

@@ -137,9 +137,9 @@ class Watch(TorchFunctionMode):
             if rows.shape[-1] > MAX_FEATURES:
                 return None
             self._sums.tokens[name] = self._sums.tokens.get(name, 0) + len(rows)
-            self._sums.use(names["weight"], kind, name)
+            self._use(names["weight"], kind, name)
             if "bias" in names:
-                self._sums.use(names["bias"], "bias", name)
+                self._use(names["bias"], "bias", name)
             # The last distinct input is kept alive, so its address cannot be taken by another tensor meanwhile.
             last, leader = self._last
             if kind != "linear" or last is None or not _same_tensor(last, x):
@@ -188,7 +188,7 @@ class Watch(TorchFunctionMode):
             sums = self._sums
             sums.tokens[name] = sums.tokens.get(name, 0) + len(rows)
             for leaf in own:
-                sums.use(f"{name}.{leaf}", "norm" if leaf == "weight" else "bias", name)
+                self._use(f"{name}.{leaf}", "norm" if leaf == "weight" else "bias", name)
             if self._trial:
                 return None
             sums.add(f"{name}.weight.input_squares", rows.square().sum(0))
@@ -235,7 +235,9 @@ class Watch(TorchFunctionMode):
         if not name or parameter.shape != weight.shape:
             return result
         module = name.removesuffix(".weight")
-        if self._trial and self._batch_size == 1:  # several rows of one example stand for something else than its tokens
+        if (
+            self._trial and self._batch_size == 1
+        ):  # several rows of one example stand for something else than its tokens
             single = ids.dim() < 2 or ids.shape[0] == 1
             self._sums.per_token[module] = single and self._sums.per_token.get(module, True)
         if self._sums.per_token.get(module):
@@ -298,6 +300,10 @@ class Watch(TorchFunctionMode):
 
     def _wanted(self, *names: str) -> bool:
         return self._only is None or any(name in self._only for name in names)
+
+    def _use(self, parameter: str, kind: str, module: str) -> None:
+        if self._wanted(parameter):
+            self._sums.use(parameter, kind, module)
 
     def _add_input(self, name: str, leader: str, rows: Tensor) -> None:
         if self._trial:
