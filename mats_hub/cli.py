@@ -117,7 +117,7 @@ def _add_statistics(commands: Any) -> None:
         help="of a LoRA adapter: only what merging it into an adapter needs, a few MB",
     )
     statistics.add_argument(
-        "--rank", type=int, default=64, help="of the sketches for --for-adapter (default: %(default)s)"
+        "--rank", type=int, help="measure sketches of so many columns, not whole Grams (64 with --for-adapter)"
     )
     statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
     for name, text in DATA_OPTIONS.items():
@@ -131,6 +131,7 @@ def _add_statistics(commands: Any) -> None:
     statistics.add_argument("--max-length", type=int, help="tokens after which a text is cut")
     statistics.add_argument("--seed", type=int, default=0, help="of the draw of examples (default: %(default)s)")
     statistics.add_argument("--dtype", default="float32", help="what the model runs in (default: %(default)s)")
+    statistics.add_argument("--storage", default="float32", help="float32, float16 or bfloat16 (default: %(default)s)")
     statistics.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     statistics.add_argument("--output", help="file to write (default: NAME.statistics.safetensors)")
     statistics.set_defaults(run=_statistics)

@@ -21,7 +21,7 @@ from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
-from mats_hub.statistics.file import STATISTICS_ACCURACY, conditioned_gram
+from mats_hub.statistics.file import conditioned_gram
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
@@ -102,7 +102,8 @@ def merge_deltas(
         *deltas, start = (_as_matrix(tensor, entry, plan) for tensor in (*deltas, start))
     whole = curvatures_at(plan, entry, deltas)
     curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
-    accuracy = 0.0 if plan.recipe.curvature.kind == "task_vector" else STATISTICS_ACCURACY
+    measured = [] if plan.recipe.curvature.kind == "task_vector" else [s for s in plan.statistics if s]
+    accuracy = max((statistics.accuracy for statistics in measured), default=0.0)
     system = match(curvatures, deltas, weights, accuracy)
     try:
         solution = solve(system, start, plan.recipe.solver)

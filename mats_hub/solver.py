@@ -186,7 +186,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
     numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
     Factorizations run in float64 where the device has it. Directions whose eigenvalue is at most n · ε · λ_max, with ε the
-    system's rounding error, or at most its accuracy times λ_max, count as unseen.
+    system's rounding error, or at most its accuracy / √n times λ_max, count as unseen.
 
     Raises:
         NumericalError: a non-finite value, or a curvature that is not positive semidefinite.
@@ -276,7 +276,7 @@ def _solve_rows_and_columns(c: Tensor, A: Tensor, r: Tensor, accuracy: Accuracy)
 def _cutoff(size: int, accuracy: Accuracy) -> float:
     """Return the eigenvalue, relative to the largest of `size`, down to which a direction is seen."""
     eps, stored = accuracy
-    return max(size * eps, stored)
+    return max(size * eps, stored / math.sqrt(size))  # roundings of stored entries are independent of each other
 
 
 def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor, accuracy: Accuracy) -> Tensor:

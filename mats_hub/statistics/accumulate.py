@@ -18,7 +18,7 @@ class Sums:
     Attributes:
         tensors: ``{module}.input_gram`` Σ x xᵀ ``[in, in]``, ``{module}.output_gram`` Σ g gᵀ ``[out, out]`` (float32),
             or of a sketch with probes Ω ``{module}.input_product`` Σ x (xᵀ Ω) ``[in, q]`` and ``{module}.input_diagonal``
-            Σ x² ``[in]``,
+            Σ x² ``[in]``, and the same of outputs,
             ``{module}.input_counts`` how often each row of an embedding was looked up ``[vocab]``,
             ``{parameter}.input_squares`` and ``{parameter}.gradient_squares`` Σ over tokens of the square of what a vector
             scales, and of its gradient from one token ``[d]``,
@@ -29,7 +29,7 @@ class Sums:
         uses: parameter → what is done with it: pairs of a kind (`recipe.PARAMETERS`) and the module whose sums tell of it.
         aliases: module → the module that reads the same input and stores the input Gram for both.
         examples: how many examples were seen.
-        probes: module → Ω ``[in, q]``, where its input Gram is sketched.
+        probes: ``{module}.input`` or ``{module}.output`` → Ω ``[d, q]``, where that Gram is sketched.
         per_token: embedding → whether it is looked up once for each token.
         token_axis: vectors that scale ``[batch, …, …, features]`` → the axis of tokens.
 
@@ -52,11 +52,19 @@ class Sums:
 
     def add_inputs(self, module: str, rows: Tensor) -> None:
         """Add the rows ``[n, in]`` that a module reads to its input Gram, or to the sketch of it."""
-        if module not in self.probes:
-            return self.add_rows(f"{module}.input_gram", rows)
+        self._add_side(module, "input", rows)
+
+    def add_outputs(self, module: str, rows: Tensor) -> None:
+        """Add the rows ``[n, out]`` of the gradient of a module's output to its output Gram, or to the sketch of it."""
+        self._add_side(module, "output", rows)
+
+    def _add_side(self, module: str, side: str, rows: Tensor) -> None:
+        probes = self.probes.get(f"{module}.{side}")
+        if probes is None:
+            return self.add_rows(f"{module}.{side}_gram", rows)
         rows = rows.detach().to(torch.float32)
-        self.add(f"{module}.input_product", rows.T @ (rows @ self.probes[module].to(rows.device)))
-        self.add(f"{module}.input_diagonal", rows.square().sum(0))
+        self.add(f"{module}.{side}_product", rows.T @ (rows @ probes.to(rows.device)))
+        self.add(f"{module}.{side}_diagonal", rows.square().sum(0))
 
     def add_rows(self, key: str, rows: Tensor, index: int | None = None, count: int = 0) -> None:
         """Add Σ r rᵀ over the rows of a ``[n, d]`` tensor to the Gram ``[d, d]`` under `key`, or to one of `count` stacked."""
@@ -110,18 +118,20 @@ class Sums:
                 self.tensors.pop(f"{parameter}.output_gram", None)
 
     def finish_sketches(self) -> float:
-        """Replace each sketch's sums by ``{module}.input_factor`` F ``[in, q]`` and ``{module}.input_rest`` ``[in]``.
+        """Replace each sketch's sums by ``{module}.input_factor`` F ``[d, q]`` and ``{module}.input_rest`` ``[d]`` (or output).
 
         Returns:
             The largest share of a Gram's trace that F Fᵀ leaves to the rest.
 
         """
         dropped = 0.0
-        for module, probes in self.probes.items():
-            product = self.tensors.pop(f"{module}.input_product")
-            diagonal = self.tensors.pop(f"{module}.input_diagonal")
+        for side, probes in self.probes.items():
+            if f"{side}_product" not in self.tensors:
+                continue
+            product = self.tensors.pop(f"{side}_product")
+            diagonal = self.tensors.pop(f"{side}_diagonal")
             factor, rest = nystrom(product, probes, diagonal)
-            self.tensors |= {f"{module}.input_factor": factor, f"{module}.input_rest": rest}
+            self.tensors |= {f"{side}_factor": factor, f"{side}_rest": rest}
             dropped = max(dropped, float(rest.sum() / diagonal.sum().clamp(min=torch.finfo(torch.float32).tiny)))
         self.probes = {}
         return dropped

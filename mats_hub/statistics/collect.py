@@ -151,7 +151,10 @@ def _find_shared(
     for leader, width in watch.widths.items() if sketch is not None else ():
         if sketch is not None and leader not in sums.aliases:
             members = [leader, *(name for name, other in sums.aliases.items() if other == leader)]
-            sums.probes[leader] = sketch.probes(members, width)
+            sums.probes[f"{leader}.input"] = sketch.probes(members, width)
+    for module, width in watch.out_widths.items() if sketch is not None else ():
+        if sketch is not None:
+            sums.probes[f"{module}.output"] = Sketch(sketch.rank, {}, sketch.seed).probes([f"{module}.output"], width)
 
 
 def _mixes_examples(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections import Counter
-from collections.abc import Collection, KeysView
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,25 @@ import torch
 from torch import Tensor
 
 from mats_hub.architecture import layer_pattern
+from mats_hub.checkpoint import TORCH_DTYPES
 from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank
-from mats_hub.errors import CheckpointError, StatisticsError, StatisticsMismatch
+from mats_hub.errors import CheckpointError, RecipeError, StatisticsError, StatisticsMismatch, unknown
 from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
-from mats_hub.source import TensorHeader, give_usual_mode, read_header
+from mats_hub.source import TensorHeader
 from mats_hub.statistics.accumulate import Sums
+from mats_hub.statistics.storage import (
+    INDEX_ENDING,
+    SCALE,
+    STORAGE,
+    Fetch,
+    decode,
+    encode,
+    is_symmetric,
+    read,
+    side,
+    write,
+)
 
 STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
@@ -30,8 +41,7 @@ METADATA_KEY = "mats_statistics"
 VECTOR_SUMS = {"gram": "input_squares", "kfac": "gradient_squares"}
 """Of a vector that scales features: kind of curvature → the sum it is made from."""
 
-STATISTICS_ACCURACY = torch.finfo(torch.float32).eps
-"""Relative rounding error of the stored sums."""
+FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,22 @@ class Statistics:
 
     """
 
-    def __init__(self, provenance: Provenance, sums: Sums, path: Path | None = None) -> None:
+    def __init__(
+        self, provenance: Provenance, sums: Sums, path: Path | None = None, fetch: Fetch | None = None
+    ) -> None:
         self.provenance, self._sums, self.path = provenance, sums, path
         self.tokens, self.aliases = sums.tokens, sums.aliases
         self.uses = sums.uses or {f"{module}.weight": [("linear", module)] for module in self.tokens}
         self._headers: dict[str, TensorHeader] = {}
+        self._fetch: Fetch = fetch or (lambda name: Path(path or ".").with_name(name))
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Open a statistics file; tensors are read when they are used.
+    def load(cls, path: str | Path, fetch: Fetch | None = None) -> Statistics:
+        """Open a statistics file, or several by their index; tensors are read when they are used.
+
+        Args:
+            path: the file, or the index; where only the index is there, the file's name finds it, too.
+            fetch: name of a file beside it → where it is; files beside it otherwise.
 
         Raises:
             StatisticsError: it is not a statistics file, or of a newer format.
@@ -106,9 +123,11 @@ class Statistics:
 
         """
         path = Path(path)
+        index = path.with_name(path.name + INDEX_ENDING)
+        path = index if index.is_file() and not path.is_file() else path
         if not path.is_file():
             raise StatisticsError(f"there is no statistics file {str(path)!r}; measure one with 'mats-hub statistics'")
-        headers, metadata = read_header(path, str(path.parent.name or path.name))
+        headers, metadata = read(path, fetch or path.with_name)
         try:
             content = json.loads(metadata[METADATA_KEY])
             version = int(content["provenance"]["format_version"])
@@ -130,70 +149,88 @@ class Statistics:
             raise StatisticsError(
                 f"{path.name!r} is a safetensors file but holds no statistics of this package"
             ) from None
-        statistics = cls(provenance, Sums({}, tokens, aliases, provenance.examples, uses=uses), path)
+        statistics = cls(provenance, Sums({}, tokens, aliases, provenance.examples, uses=uses), path, fetch)
         statistics._headers = headers
         return statistics
 
-    def save(self, path: str | Path) -> Path:
-        """Write the file; it appears complete or not at all. Returns its path.
+    def save(self, path: str | Path, storage: str = "float32", max_shard_bytes: float = 5e9) -> Path:
+        """Write the file, or several and an index where it would be larger than a shard may be; return its path.
 
-        Of symmetric matrices the upper triangle is stored, row by row.
+        Args:
+            path: where to.
+            storage: dtype of matrices: float32, float16 or bfloat16 (see `mats_hub.statistics.storage.encode`).
+            max_shard_bytes: the largest file.
+
+        Raises:
+            RecipeError: the dtype is not known.
+
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if storage not in STORAGE:
+            raise RecipeError(unknown("dtype to store statistics in", storage, STORAGE))
         content = {
             "provenance": asdict(self.provenance),
             "tokens": self.tokens,
             "aliases": self.aliases,
             "uses": self.uses,
         }
-        tensors = {key: self.tensor(key).cpu() for key in self.keys()}
-        tensors = {key: packed(t) if _is_symmetric(key) else t.contiguous() for key, t in tensors.items()}
-        partial = path.with_name(f".{path.name}.partial")
-        # One entry of metadata alone: safetensors writes several in random order.
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(content)})
-        give_usual_mode(partial)
-        os.replace(partial, path)
-        self.path = path
-        return path
+        tensors: dict[str, Tensor] = {}
+        for key in self.keys():
+            tensors |= encode(key, self.tensor(key), STORAGE[storage])
+        self.path = write(tensors, Path(path), {METADATA_KEY: json.dumps(content)}, max_shard_bytes)
+        return self.path
 
-    def keys(self) -> KeysView[str]:
+    @property
+    def files(self) -> list[Path]:
+        """The files it is in, the index among them."""
+        if self.path is None:
+            return []
+        names = dict.fromkeys(header.file for header in self._headers.values())
+        return list(dict.fromkeys([self.path, *(self._fetch(name) for name in names)]))
+
+    @property
+    def accuracy(self) -> float:
+        """Relative rounding error of the stored sums."""
+        stored = {TORCH_DTYPES[header.dtype] for header in self._headers.values()}
+        return max((torch.finfo(dtype).eps for dtype in stored if dtype.is_floating_point), default=FLOAT32_EPS)
+
+    def keys(self) -> Collection[str]:
         """Return the names of the stored sums."""
-        return (self._headers or self._sums.tensors).keys()
+        return self._names if self._headers else self._sums.tensors.keys()
+
+    @cached_property
+    def _names(self) -> dict[str, TensorHeader]:
+        return {key: header for key, header in self._headers.items() if not key.endswith(SCALE)}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a stored sum."""
         if not self._headers:
             return tuple(self._sums.tensors[key].shape)
         shape = self._headers[key].shape
-        return (*shape[:-1], *(_side(shape[-1]),) * 2) if self._is_packed(key, len(shape)) else shape
+        return (*shape[:-1], *(side(shape[-1]),) * 2) if self._is_packed(key, len(shape)) else shape
 
     def tensor(self, key: str) -> Tensor:
-        """Return a stored sum."""
+        """Return a stored sum, in float32."""
         if not self._headers:
             return self._sums.tensors[key]
+        stored, scale = self._stored(key), self._stored(key + SCALE) if key + SCALE in self._headers else None
+        try:
+            return decode(key, stored, scale, self._is_packed(key, stored.dim()))
+        except (CheckpointError, RuntimeError) as error:
+            raise CheckpointError(f"statistics {self.provenance.model!r}: {key!r} cannot be read: {error}") from None
+
+    def _stored(self, key: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework="pt") as file:
-                stored = file.get_tensor(key)
-                if not self._is_packed(key, stored.dim()):
-                    return stored
-                side = _side(stored.shape[-1])
-                if side * (side + 1) != 2 * stored.shape[-1]:
-                    raise CheckpointError(
-                        f"statistics {self.provenance.model!r}: {key!r} holds no triangle of a matrix"
-                    )
-                return unpacked(stored)
+            with safe_open(self._fetch(self._headers[key].file), framework="pt") as file:
+                return file.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"statistics {self.provenance.model!r} cannot be read: {error}") from None
 
     def _is_packed(self, key: str, dimensions: int) -> bool:
         """Tell whether a stored tensor holds the triangle of a symmetric matrix, or of a stack of them."""
         stacked = any(("experts", key.rpartition(".")[0]) in found for found in self.uses.values())
-        return _is_symmetric(key) and dimensions == (2 if stacked else 1)
+        return is_symmetric(key) and dimensions == (2 if stacked else 1)
 
     def __str__(self) -> str:
         found = self.provenance
@@ -249,20 +286,20 @@ class Statistics:
         if use == "norm":
             squares = f"{parameter}.{VECTOR_SUMS[kind]}"
             return self.shape(squares) if squares in keys else None
-        outer = f"{module}.output_gram"
+        outer = self._sum_of(module, "output") if kind == "kfac" else None
         if use == "bias":
             squares = f"{parameter}.gradient_squares"
-            held = next((key for key in (outer, squares) if key in keys), None) if kind == "kfac" else None
-            return self.shape(held)[:1] if held else (0,)
-        source = self.aliases.get(module, module)
-        inner = next(
-            (f"{source}.input_{what}" for what in ("factor", "gram") if f"{source}.input_{what}" in keys), None
-        )
+            return self.shape(outer or squares)[:1] if outer or (kind == "kfac" and squares in keys) else (0,)
+        inner = self._sum_of(self.aliases.get(module, module), "input")
         if inner is None:
             return None
-        wide = kind == "kfac" and outer in keys
         stack = self.shape(inner)[:1] if use == "experts" else ()
-        return (*stack, self.shape(outer)[-1] if wide else 0, self.shape(inner)[0 if inner.endswith("factor") else -1])
+        return (*stack, self.shape(outer)[len(stack)] if outer else 0, self.shape(inner)[len(stack)])
+
+    def _sum_of(self, module: str, side: str) -> str | None:
+        """Return the name of a module's Gram of inputs or of output gradients, or of the factor of its sketch."""
+        names = (f"{module}.{side}_gram", f"{module}.{side}_factor")
+        return next((name for name in names if name in self.keys()), None)
 
     def is_transposed(self, parameter: str) -> bool:
         """Tell whether a curvature acts on the transpose of this weight as it is stored, ``[in, out]``.
@@ -333,7 +370,6 @@ class Statistics:
         def mean(key: str) -> Tensor:
             return self.tensor(key).to(device, dtype) / count
 
-        kfac, outer = options.kind == "kfac", f"{module}.output_gram"
         if use == "embedding":
             counts = mean(f"{module}.input_counts")
             if shared:
@@ -341,40 +377,30 @@ class Statistics:
             return _conditioned_sketch(LowRank(counts.new_zeros(len(counts), 0), counts), options)
         if use == "norm":
             return _normalized_diagonal(mean(f"{parameter}.{VECTOR_SUMS[options.kind]}"), options.normalization)
-        if use == "bias":  # of a constant input
-            squares = f"{parameter}.gradient_squares"
-            if kfac and squares in self.keys():
-                return _normalized_diagonal(mean(squares), options.normalization)
-            return Dense(conditioned_gram(mean(outer), options).matrix) if kfac and outer in self.keys() else Identity()
-        source = self.aliases.get(module, module)
-        if f"{source}.input_factor" in self.keys():
-            parts = (self.tensor(f"{source}.input_{part}").to(device, dtype) for part in ("factor", "rest"))
-            return _conditioned_sketch(LowRank(*parts).scaled(1 / count), options)
-        inner = conditioned_gram(mean(f"{source}.input_gram"), options)
-        if not kfac or outer not in self.keys():
-            return inner
-        return Kronecker(conditioned_gram(mean(outer), options).matrix, inner.matrix)
+        outer = self._sum_of(module, "output") if options.kind == "kfac" else None
+        squares = f"{parameter}.gradient_squares"
+        if use == "bias" and outer is None:  # of a constant input
+            of_gradients = options.kind == "kfac" and squares in self.keys()
+            return _normalized_diagonal(mean(squares), options.normalization) if of_gradients else Identity()
+
+        def gram(name: str) -> Gram | LowRank:
+            if name.endswith("_gram"):
+                return conditioned_gram(mean(name), options)
+            rest = mean(f"{name.removesuffix('factor')}rest")
+            return _conditioned_sketch(LowRank(mean(name) * count**0.5, rest), options)
+
+        outputs = gram(outer) if outer else None
+        if use == "bias":
+            assert outputs is not None
+            return Dense(_matrix(outputs))
+        inner = self._sum_of(self.aliases.get(module, module), "input")
+        assert inner is not None
+        inputs = gram(inner)
+        return inputs if outputs is None else Kronecker(_matrix(outputs), _matrix(inputs))
 
 
-def packed(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of symmetric matrices ``[…, n, n]``, row by row: ``[…, n (n + 1) / 2]``."""
-    return matrix[..., torch.ones(matrix.shape[-2:], dtype=torch.bool).triu()].contiguous()
-
-
-def unpacked(triangle: Tensor) -> Tensor:
-    """Return the symmetric matrices ``[…, n, n]`` of upper triangles ``[…, n (n + 1) / 2]``."""
-    side = _side(triangle.shape[-1])
-    matrix = torch.zeros(*triangle.shape[:-1], side, side, dtype=triangle.dtype)
-    matrix[..., torch.ones(side, side, dtype=torch.bool).triu()] = triangle
-    return matrix + matrix.triu(1).mT
-
-
-def _side(entries: int) -> int:
-    return (math.isqrt(8 * entries + 1) - 1) // 2
-
-
-def _is_symmetric(key: str) -> bool:
-    return key.endswith((".input_gram", ".output_gram", ".block_fisher"))
+def _matrix(curvature: Gram | LowRank) -> Tensor:
+    return curvature.dense().matrix if isinstance(curvature, LowRank) else curvature.matrix
 
 
 def conditioned_gram(matrix: Tensor, options: CurvatureOptions) -> Gram:

@@ -34,7 +34,7 @@ def compute_statistics(
     kind: str | Sequence[str] | None = None,
     modules: str = "touched",
     for_adapter: bool = False,
-    rank: int = 64,
+    rank: int | None = None,
     config: str | None = None,
     split: str | None = None,
     text: str | Sequence[str] = (),
@@ -50,6 +50,7 @@ def compute_statistics(
     max_length: int | None = None,
     seed: int = 0,
     dtype: str = "float32",
+    storage: str = "float32",
     device: str = "auto",
     output: str | Path | None = None,
     token: str | None = None,
@@ -67,7 +68,8 @@ def compute_statistics(
             adapters it is merged with change other modules). An (IA)³ adapter's vectors are measured unless it is ``all``.
         for_adapter: store only what merging a LoRA adapter into an adapter needs: sketches of the input Grams (kind
             ``gram``) of the modules it touches, a few MB, in which the products with its own A factors are exact.
-        rank: of the sketches; at least the adapter's.
+        rank: measure sketches of the Grams with so many columns, in place of ``[d, d]`` matrices; for an adapter at least its
+            own. When not given, 64 with `for_adapter`, and no sketches otherwise.
         config: the data set's configuration.
         split: the data set's split (``validation``).
         text: text column, or two of them for sentence pairs; inferred from usual names when not given.
@@ -83,7 +85,8 @@ def compute_statistics(
         batch_size: examples in one pass; results do not depend on it.
         max_length: tokens after which a text is cut; the tokenizer's limit otherwise.
         seed: of the draw of examples.
-        dtype: what the model runs in.
+        dtype: what the model runs in; sums are taken in float32.
+        storage: dtype that matrices are stored in.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         output: where to write the file; nowhere when not given.
         token: Hub token; the one stored on this machine otherwise.
@@ -108,7 +111,8 @@ def compute_statistics(
             f"statistics for merging adapters (for_adapter, --for-adapter) are Grams of a LoRA adapter, but {source.spec!r} is a "
             f"{expert.kind} and the kind asked for is {kind or 'not given'}; leave for_adapter or the kind out"
         )
-    if rank < 1:
+    rank = 64 if rank is None and for_adapter else rank
+    if rank is not None and rank < 1:
         raise RecipeError(f"a sketch of rank {rank} (--rank) holds nothing; ask for 1 or more")
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
     for choice, value, known in (("choice of modules", modules, MODULES), ("source of labels", labels, LABELS)):
@@ -140,8 +144,9 @@ def compute_statistics(
     size = 1 if one_by_one else batch_size
     steps = -(-len(loaded) // size)
     batches = (progress or silent)(data.batches(size, place), steps, f"statistics of {source.name}")
-    sketch = Sketch(rank, _directions(expert.adapter), seed) if isinstance(expert.adapter, LoraAdapter) else None
-    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch if for_adapter else None)
+    directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
+    sketch = Sketch(rank, directions, seed) if rank else None
+    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch)
     dropped = sums.finish_sketches()
     if not expert.adapter:
         sums.split_experts(stored_experts(network))
@@ -163,14 +168,14 @@ def compute_statistics(
         max_length=data.max_length,
         seed=seed,
         dtype=dtype,
-        sketch_rank=rank if for_adapter else None,
+        sketch_rank=rank,
         dropped=dropped,
         transposed=tuple(transposed_modules(network)),
         library_version=__version__,
     )
     statistics = Statistics(provenance, sums)
     if output is not None:
-        statistics.save(output)
+        statistics.save(output, storage)
     return statistics
 
 

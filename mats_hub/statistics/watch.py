@@ -62,6 +62,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         widths: module that has an input Gram → its number of features.
+        out_widths: module that has an output Gram, if gradients are taken → its number of features.
         led_by: module → the modules that read the same input before it.
 
     """
@@ -87,6 +88,7 @@ class Watch(TorchFunctionMode):
         self._handles: list[Any] = []
         self._inside = False
         self.widths: dict[str, int] = {}
+        self.out_widths: dict[str, int] = {}
         self.led_by: dict[str, set[str]] = {}
 
     def __enter__(self) -> Watch:
@@ -151,11 +153,14 @@ class Watch(TorchFunctionMode):
             return None
 
         def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(lambda g: self._sums.add_rows(f"{name}.output_gram", gradients_of(g)))
+            if self._trial:
+                self.out_widths[name] = gradients_of(output).shape[-1]
+            else:
+                output.register_hook(lambda g: self._sums.add_outputs(name, gradients_of(g)))
 
         if self._wanted(*names.values()):
             self._handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True))
-            if self._gradients and not wide:
+            if (self._gradients or self._trial) and not wide:
                 self._handles.append(module.register_forward_hook(on_output))
 
     def _hook(self, name: str, module: nn.Module, own: dict[str, nn.Parameter], hook: Any) -> None:
