@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mats_hub.errors import MatsError
     from mats_hub.evaluation import evaluate
-    from mats_hub.hub import push
+    from mats_hub.hub import push, push_statistics
     from mats_hub.loading import load
     from mats_hub.merged_model import MergedModel, merge
     from mats_hub.methods import METHODS
@@ -44,6 +44,7 @@ _HOMES = {
     "make_plan": "planning",
     "merge": "merged_model",
     "push": "hub",
+    "push_statistics": "hub",
 }
 """Public name → its module; loaded when first used, so that ``import mats_hub`` loads nothing heavy."""
 
@@ -61,6 +62,7 @@ __all__ = [
     "make_plan",
     "merge",
     "push",
+    "push_statistics",
 ]
 
 

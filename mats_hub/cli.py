@@ -40,8 +40,8 @@ DATA_OPTIONS: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, or 1 after an error that was explained."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:2] == ["statistics", "info"]:
-        given[:2] = ["statistics-info"]
+    if given[:1] == ["statistics"] and given[1:2] in (["info"], ["push"]):
+        given[:2] = [f"statistics-{given[1]}"]
     arguments = vars(_parser().parse_args(given))
     command = arguments.pop("run")
     try:
@@ -75,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("statistics-info", help="print what a statistics file holds; also: statistics info FILE")
     info.add_argument("file", help="the statistics file")
     info.set_defaults(run=_statistics_info)
+    publish = commands.add_parser(
+        "statistics-push", help="publish a statistics file where merges find it; also: statistics push FILE"
+    )
+    publish.add_argument("file", help="the statistics file")
+    publish.add_argument(
+        "repo_id", metavar="OWNER/NAME", nargs="?", help="where to; the expert's own repository otherwise"
+    )
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
+    publish.add_argument("--create-pr", action="store_true", default=None, help="open a pull request in any case")
+    publish.set_defaults(run=_statistics_push)
     plan = commands.add_parser(
         "plan", help="show what a merge would do to every tensor, and every problem, without doing it"
     )
@@ -134,6 +144,13 @@ def _add_statistics(commands: Any) -> None:
     statistics.add_argument("--storage", default="float32", help="float32, float16 or bfloat16 (default: %(default)s)")
     statistics.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     statistics.add_argument("--output", help="file to write (default: NAME.statistics.safetensors)")
+    statistics.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        nargs="?",
+        const="",
+        help="publish them: in the expert's repository, or in this one",
+    )
     statistics.set_defaults(run=_statistics)
 
 
@@ -199,7 +216,7 @@ def _demo(output: str, device: str) -> None:
     run_demo(output, device, progress_bar, print)
 
 
-def _statistics(model: str, output: str | None, kind: list[str] | None, **options: Any) -> None:
+def _statistics(model: str, output: str | None, kind: list[str] | None, push: str | None, **options: Any) -> None:
     from mats_hub.statistics import compute_statistics
 
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
@@ -207,13 +224,24 @@ def _statistics(model: str, output: str | None, kind: list[str] | None, **option
     statistics = compute_statistics(model, kind=kind, output=target, progress=progress_bar, **options)
     found = statistics.provenance
     print(f"{target}: {', '.join(found.kinds)} of {found.model} on {found.examples} examples, {found.tokens} tokens")
-    print(f"next: mats-hub merge {model} … --statistics {target} … --output merged/")
+    if push is None:
+        print(
+            f"next: mats-hub merge {model} … --statistics {target} … --output merged/, or mats-hub statistics push {target}"
+        )
+    else:
+        _statistics_push(target, push or None)
 
 
 def _statistics_info(file: str) -> None:
     from mats_hub.statistics import Statistics
 
     print(Statistics.load(file))
+
+
+def _statistics_push(file: str, repo_id: str | None, private: bool = False, create_pr: bool | None = None) -> None:
+    from mats_hub.hub import push_statistics
+
+    print(push_statistics(file, repo_id, private=private, create_pr=create_pr))
 
 
 def _plan(**options: Any) -> int:

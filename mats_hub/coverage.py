@@ -12,7 +12,8 @@ from mats_hub.expert import Expert
 from mats_hub.plan import MATRIX_KINDS, Action, Plan
 from mats_hub.recipe import STATISTICS_KINDS, ExpertEntry
 from mats_hub.source import open_source
-from mats_hub.statistics.file import STATISTICS_FILE, Statistics
+from mats_hub.statistics.file import Statistics
+from mats_hub.statistics.remote import find_statistics, statistics_in
 
 
 def open_statistics(plan: Plan, token: str | bool | None) -> None:
@@ -23,7 +24,7 @@ def open_statistics(plan: Plan, token: str | bool | None) -> None:
     for entry, expert in zip(recipe.experts, plan.experts, strict=True):
         statistics = None
         try:
-            statistics = _statistics_of(entry, expert, token) if wanted else None
+            statistics = _statistics_of(plan, entry, expert, token) if wanted else None
             if statistics:
                 statistics.check_expert(expert.name, expert.source.fingerprint, expert.source.public_spec)
         except MatsError as error:
@@ -51,14 +52,21 @@ def open_statistics(plan: Plan, token: str | bool | None) -> None:
             )
 
 
-def _statistics_of(entry: ExpertEntry, expert: Expert, token: str | bool | None) -> Statistics | None:
+def _statistics_of(plan: Plan, entry: ExpertEntry, expert: Expert, token: str | bool | None) -> Statistics | None:
     if entry.statistics is None:
-        here = STATISTICS_FILE in expert.source.sizes
-        return Statistics.load(expert.source.path(STATISTICS_FILE)) if here else None
+        found, where = find_statistics(expert.source)
+        if found and where != expert.source.public_spec:
+            plan.notes.append(f"the statistics of expert {expert.name!r} are those in {where}")
+        return found
     path = Path(entry.statistics).expanduser()
-    if path.is_file() or path.suffix == ".safetensors":
+    if path.is_file() or path.suffix in (".safetensors", ".json"):
         return Statistics.load(path)
-    return Statistics.load(open_source(entry.statistics, token).path(STATISTICS_FILE))
+    found = statistics_in(open_source(entry.statistics, token))
+    if found is None:
+        raise StatisticsMismatch(
+            f"expert {expert.name!r}: there are no statistics in {entry.statistics!r}; push them there"
+        )
+    return found
 
 
 def coverage_of(plan: Plan) -> list[dict[str, str]]:

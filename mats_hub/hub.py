@@ -1,14 +1,21 @@
-"""Publishing a merged model: one validated commit, and nothing is ever deleted."""
+"""Publishing a merged model, or an expert's statistics: one validated commit, and nothing is ever deleted."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mats_hub.card import CARD_FILE, render_card, validate_card
+from mats_hub.checkpoint import shard_names
 from mats_hub.errors import HubError
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, hub_api, hub_errors, open_source
+from mats_hub.source import HUB_ID, Source, hub_api, hub_errors, open_source
+from mats_hub.statistics.file import STATISTICS_FILE, Statistics
+from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
+from mats_hub.statistics.storage import INDEX_ENDING
 
 
 def push(
@@ -75,3 +82,101 @@ def _card_for(folder: Path, report: MergeReport, repo_id: str) -> str:
     order = [name for name in ("convergence", "movement", "results") if name in figures]
     on_disk = (folder / CARD_FILE).read_text(encoding="utf-8")
     return render_card(report, order, repo_id) if on_disk == render_card(report, order) else on_disk
+
+
+def push_statistics(
+    path: str | Path,
+    repo_id: str | None = None,
+    *,
+    private: bool = False,
+    create_pr: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Publish a statistics file in one commit, with a section of the card that says what it is and what it is from.
+
+    In the expert's own repository it is found by whoever merges that expert; so it is in a repository of its own, which says
+    whose statistics it holds. No data are sent, only sums over them.
+
+    Args:
+        path: the file, or the index of several.
+        repo_id: where to; the expert's own repository when not given.
+        private: whether a repository that is made here is private.
+        create_pr: open a pull request instead of committing; when not given, where the repository is somebody else's.
+        token: Hub token; the one stored on this machine otherwise.
+
+    Returns:
+        The URL of the commit, or of the pull request.
+
+    Raises:
+        StatisticsMismatch: the repository holds other weights than the statistics were measured on.
+        HubError: the card is refused, the branch moved, the account may not write there, or the Hub cannot be reached.
+
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    statistics = Statistics.load(path)
+    expert = statistics.provenance.model.partition("@")[0]
+    target = repo_id or expert
+    if not HUB_ID.match(target) or "/" not in target:
+        raise HubError(
+            f"{Path(path).name!r} has statistics of {expert!r}, which is no model on the Hub; name a repository (OWNER/NAME)"
+        )
+    api = hub_api(token)
+    with hub_errors(target, HubError):
+        source = open_source(target, token) if api.repo_exists(target) else None
+        if source is not None and not _holds_weights(source):
+            source = None
+        if source is not None:
+            statistics.check_expert(target, source.fingerprint, source.public_spec)
+        card = _statistics_card(statistics, source, expert)
+        validate_card(card, token)
+        if source is None:
+            api.create_repo(target, private=private, exist_ok=True)
+        if create_pr is None:
+            me = api.whoami()
+            create_pr = target.split("/")[0] not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
+        operations = [CommitOperationAdd(name, content) for name, content in _statistics_files(statistics).items()]
+        commit: Any = api.create_commit(
+            target,
+            [*operations, CommitOperationAdd(CARD_FILE, card.encode())],
+            commit_message=f"Statistics for merging ({', '.join(statistics.provenance.kinds)})",
+            parent_commit=source.commit if source else None,
+            create_pr=create_pr,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _holds_weights(source: Source) -> bool:
+    return any(name.startswith(("model", "adapter_model")) and name.endswith(".safetensors") for name in source.sizes)
+
+
+def _statistics_files(statistics: Statistics) -> dict[str, str | bytes]:
+    """Return name in the repository → path or content, under the names by which statistics are found."""
+    if len(statistics.files) == 1:
+        return {STATISTICS_FILE: str(statistics.files[0])}
+    index, *shards = statistics.files
+    stem = STATISTICS_FILE.removesuffix(".safetensors")
+    names = {file.name: new for file, new in zip(shards, shard_names(len(shards), stem), strict=True)}
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"] = {key: names[name] for key, name in content["weight_map"].items()}
+    files: dict[str, str | bytes] = {names[file.name]: str(file) for file in shards}
+    return {**files, STATISTICS_FILE + INDEX_ENDING: json.dumps(content, indent=2).encode()}
+
+
+def _statistics_card(statistics: Statistics, source: Source | None, expert: str) -> str:
+    """Return the expert's own card with a section on its statistics, or the card of a repository of statistics alone."""
+    section = describe_statistics(statistics)
+    if source is not None:
+        here = CARD_FILE in source.sizes
+        text = source.path(CARD_FILE).read_text(encoding="utf-8") if here else f"# {source.name}\n"
+        return f"{SECTION.sub('', text).rstrip()}\n\n{section}"
+    found = statistics.provenance
+    content: dict[str, Any] = {
+        "base_model": expert if HUB_ID.match(expert) and "/" in expert else None,
+        "datasets": [found.dataset] if found.dataset_commit else None,
+        "library_name": "mats_hub",
+        "tags": [STATISTICS_TAG],
+        STATISTICS_TAG: {"model": found.model, "fingerprint": found.fingerprint, "kinds": list(found.kinds)},
+    }
+    matter = yaml.safe_dump({key: value for key, value in content.items() if value}, sort_keys=False).rstrip()
+    return f"---\n{matter}\n---\n\n# Statistics of {expert}\n\n{section}"

@@ -23,6 +23,7 @@ FLOORS = (
     ("adapter", "statistics.accumulate"),
     ("statistics.watch", "statistics.storage"),
     ("statistics.file",),
+    ("statistics.remote",),
     ("statistics.collect",),
     ("expert", "statistics.tasks"),
     ("loading",),
