@@ -180,8 +180,12 @@ class Plan:
         kind = self.recipe.curvature.kind
         if kind == "fisher":
             return tensors + width * n * (count + 2)
-        sizes = {"kfac": entry.header.shape[-2:], "block_fisher": (n,)}.get(kind, (max(entry.header.shape[-2:]),))
-        squares = 0 if in_factors and kind == "task_vector" else sum(size * size for size in sizes)
+        if kind in ("gram", "kfac"):
+            measured = zip(self.statistics, entry.parameters, strict=False)
+            squares = max((s.entries(name, kind) for s, name in measured if s), default=0)
+        else:
+            size = n if kind == "block_fisher" else max(entry.header.shape[-2:])
+            squares = 0 if in_factors and kind == "task_vector" else size * size
         factorized = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
         return tensors + width * squares * (count + 2) + (32 * squares if factorized else 0)
 

@@ -377,3 +377,15 @@ def test_stored_experts_get_sums_of_their_own() -> None:
         torch.testing.assert_close(kfac.output, whole[f"{parameter}.output_gram"][index][rows, rows] / count)
         assert kfac.matvec(state[parameter][index][rows]).shape == state[parameter][index][rows].shape
     assert not any("gate_up_proj" in parameter for parameter in found.covers("gram"))
+
+
+def test_what_a_curvature_holds_is_known_before_it_is_made() -> None:
+    for name in ("GPT-2", "ViT", "gpt-oss", "Llama"):
+        found = statistics(case(name).sums)
+        for kind in ("gram", "kfac"):
+            for parameter in found.covers(kind):
+                made = found.curvature(parameter, CurvatureOptions(kind=kind))
+                terms = getattr(made, "terms", (made,))
+                held = sum(v.numel() for term in terms for v in vars(term).values() if isinstance(v, Tensor))
+                assert found.entries(parameter, kind) >= held, (parameter, kind)
+                assert found.entries(parameter, kind) <= held + 1

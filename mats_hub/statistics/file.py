@@ -301,6 +301,18 @@ class Statistics:
         names = (f"{module}.{side}_gram", f"{module}.{side}_factor")
         return next((name for name in names if name in self.keys()), None)
 
+    def entries(self, parameter: str, kind: str) -> int:
+        """Return how many numbers the curvature of a parameter holds, its matrices written out."""
+        found = 0
+        for use, module in self.uses.get(parameter, ()) if kind in VECTOR_SUMS else ():
+            shape = self._acts_on(kind, parameter, use, module) or (0,)
+            if use in ("embedding", "norm") or (use == "bias" and self._sum_of(module, "output") is None):
+                found += max(shape)
+                continue
+            stack, sides = (shape[0], shape[1:]) if use == "experts" else (1, shape)
+            found += stack * sum(size * size for size in sides)
+        return found
+
     def is_transposed(self, parameter: str) -> bool:
         """Tell whether a curvature acts on the transpose of this weight as it is stored, ``[in, out]``.
 
