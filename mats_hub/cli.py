@@ -222,7 +222,9 @@ def _statistics(model: str, output: str | None, kind: list[str] | None, push: st
     name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     target = output or f"{name}.statistics.safetensors"
     statistics = compute_statistics(model, kind=kind, output=target, progress=progress_bar, **options)
-    found = statistics.provenance
+    if statistics.path is None:  # one of several processes, of which the first has written the file
+        return
+    found, target = statistics.provenance, str(statistics.path)
     print(f"{target}: {', '.join(found.kinds)} of {found.model} on {found.examples} examples, {found.tokens} tokens")
     if push is None:
         print(

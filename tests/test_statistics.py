@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,7 +292,9 @@ def test_each_kind_alone_holds_what_it_needs(case: Any, kinds: tuple[str, ...]) 
     assert all(ends & wanted[kind] for kind in kinds)
     for key, value in sums.tensors.items():
         assert_close(value, case.sums.tensors[key], key, floor=fisher_floor(sums.tensors))
-    assert all(value.dtype == torch.float32 for value in sums.tensors.values())
+    assert all(value.dtype == torch.float64 for value in sums.tensors.values()), (
+        "so that the order of adding is the same"
+    )
 
 
 def test_gram_needs_no_labels(cases: dict[str, Any]) -> None:
@@ -1162,6 +1166,29 @@ def test_what_cannot_be_measured_is_refused(expert: Path, tmp_path: Path) -> Non
         compute_statistics(expert, dataset=tmp_path / "data.jsonl")
     with pytest.raises(StatisticsError, match="no example"):
         compute_statistics(expert, dataset=rows.select([]), device="cpu")
+
+
+# --- several processes
+
+
+@pytest.mark.parametrize(
+    ("family", "processes"),
+    [("bert", 2), pytest.param("t5", 3, marks=pytest.mark.slow), pytest.param("llama", 2, marks=pytest.mark.slow)],
+)
+def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path, family: str, processes: int) -> None:
+    FACTORIES[family](tmp_path / "expert", seed=2)
+    rows = examples_of(family, 11)
+    data = written(tmp_path, "jsonl", {name: rows[name] for name in rows.column_names})
+    command = ["-m", "mats_hub", "statistics", str(tmp_path / "expert"), "--dataset", str(data), "--device", "cpu"]
+    command += ["--kind", "kfac", "--batch-size", "2", "--labels", "data"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    for name, prefix in (("one", []), ("several", launch)):
+        options = [*prefix, *command, "--output", str(tmp_path / f"{name}.safetensors")]
+        done = subprocess.run([sys.executable, *options], capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, several = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "several"))
+    assert one == several
+    assert Statistics.load(tmp_path / "several.safetensors").provenance.examples == 11
 
 
 # --- storage

@@ -21,7 +21,7 @@ FLOORS = (
     ("linear_system", "source", "architecture", "report"),
     ("solver", "checkpoint", "figures"),
     ("adapter", "statistics.accumulate"),
-    ("statistics.watch", "statistics.storage"),
+    ("statistics.watch", "statistics.storage", "statistics.parallel"),
     ("statistics.file",),
     ("statistics.remote",),
     ("statistics.collect",),

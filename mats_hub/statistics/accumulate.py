@@ -74,15 +74,15 @@ class Sums:
         if index is None:
             return self.add(key, gram)
         if key not in self.tensors:
-            self.tensors[key] = gram.new_zeros(count, *gram.shape)
+            self.tensors[key] = _wide(gram.new_zeros(count, *gram.shape))
         self.tensors[key][index] += gram
 
     def add(self, key: str, value: Tensor) -> None:
-        """Add a tensor to the sum under `key`."""
+        """Add a tensor to the sum under `key`, which is held in float64 where the device has it (see `statistics.parallel`)."""
         if key in self.tensors:
             self.tensors[key] += value
         else:
-            self.tensors[key] = value.detach().clone()
+            self.tensors[key] = _wide(value.detach().clone())
 
     def merged(self, other: Sums) -> Sums:
         """Return the sums over both parts of the data."""
@@ -92,6 +92,10 @@ class Sums:
         tokens = _added(self.tokens, other.tokens)
         examples = self.examples + other.examples
         return Sums(tensors, tokens, dict(self.aliases), examples, dict(self.probes), dict(self.uses))
+
+    def narrow(self) -> None:
+        """End the summation: every sum in float32, as it is stored."""
+        self.tensors = {key: value.float() for key, value in self.tensors.items()}
 
     def split_experts(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
         """Give the matrices of stacked experts sums of their own, under the names they have in a checkpoint.
@@ -135,6 +139,10 @@ class Sums:
             dropped = max(dropped, float(rest.sum() / diagonal.sum().clamp(min=torch.finfo(torch.float32).tiny)))
         self.probes = {}
         return dropped
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:

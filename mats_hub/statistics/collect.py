@@ -29,6 +29,7 @@ def collect(
     masks: MaskFunction = lambda batch: [],
     only: Collection[str] | None = None,
     sketch: Sketch | None = None,
+    sample: Batch | None = None,
 ) -> Sums:
     """Return the sums behind curvatures of the given kinds.
 
@@ -41,6 +42,7 @@ def collect(
             of another shape count whole.
         only: the parameters to measure; all when None.
         sketch: how to sketch input Grams, when they are not to be held whole.
+        sample: the batch that tells how the model treats its inputs; the first of several examples otherwise.
 
     Raises:
         NumericalError: a non-finite activation or gradient, naming the module.
@@ -59,10 +61,11 @@ def collect(
 
         for batch in batches:
             if "gram" in kinds or "kfac" in kinds:
+                shown = batch if sample is None else sample
                 if not sums.examples:
-                    _find_shared(model, batch, sums, masks, only, sketch)
-                if singly is None and _batch_size(batch) > 1:
-                    singly = _mixes_examples(model, batch, sums, masks, only)
+                    _find_shared(model, shown, sums, masks, only, sketch)
+                if singly is None and _batch_size(shown) > 1:
+                    singly = _mixes_examples(model, shown, sums, masks, only)
                 for part in _without_padding(batch) if singly else [batch]:
                     _add_grams(model, part, sums, "kfac" in kinds, loss, masks, only)
             if "fisher" in kinds or "block_fisher" in kinds:
@@ -75,7 +78,7 @@ def collect(
             module.training = flag
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
-    if not sums.examples:
+    if not sums.examples and sample is None:
         raise StatisticsError("there is no example to measure statistics on")
     for key, value in sums.tensors.items():
         if not torch.isfinite(value).all():

@@ -17,6 +17,7 @@ from mats_hub.loading import load_adapted, load_expert
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
+from mats_hub.statistics import parallel
 from mats_hub.statistics.collect import collect
 from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.sketch import Sketch
@@ -57,6 +58,8 @@ def compute_statistics(
     progress: Progress | None = None,
 ) -> Statistics:
     """Measure what curvatures are made from: one pass over a task's data with the task's expert.
+
+    Under ``torchrun`` or ``accelerate launch`` the batches are shared out over the processes, and the first writes the file.
 
     Args:
         model: the expert, a Hub id or folder. An adapter is measured merged into its base, the vectors of an (IA)³ adapter
@@ -122,7 +125,8 @@ def compute_statistics(
     loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
     if len(loaded) > examples:
         loaded = loaded.shuffle(seed=seed).select(range(examples))
-    place = choose_device(device)
+    process, processes = parallel.join()
+    place = choose_device(parallel.local_device(device))
     load = load_adapted if vectors else load_expert
     network = load(expert, base_source, dtype, str(place))
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
@@ -142,11 +146,14 @@ def compute_statistics(
         data.draw_labels(network, seed, place)
     one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding
     size = 1 if one_by_one else batch_size
-    steps = -(-len(loaded) // size)
-    batches = (progress or silent)(data.batches(size, place), steps, f"statistics of {source.name}")
+    steps = -(-len(loaded) // (size * processes))
+    batches = (progress or silent)(data.batches(size, place, process, processes), steps, f"statistics of {source.name}")
+    sample = next(data.batches(size, place), None) if processes > 1 else None
     directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
     sketch = Sketch(rank, directions, seed) if rank else None
-    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch)
+    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch, sample)
+    sums = parallel.total(sums, place) if processes > 1 else sums
+    sums.narrow()
     dropped = sums.finish_sketches()
     if not expert.adapter:
         sums.split_experts(stored_experts(network))
@@ -174,7 +181,7 @@ def compute_statistics(
         library_version=__version__,
     )
     statistics = Statistics(provenance, sums)
-    if output is not None:
+    if output is not None and process == 0:
         statistics.save(output, storage)
     return statistics
 

@@ -77,12 +77,15 @@ class TaskData:
     max_length: int | None = None
     drawn: dict[int, Any] = field(default_factory=dict)
 
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
+    def batches(
+        self, size: int, device: torch.device | str = "cpu", first: int = 0, step: int = 1
+    ) -> Iterator[dict[str, Any]]:
         """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
 
+        With `first` and `step` only every `step`-th batch, from number `first` on.
         Texts without a single token (the empty lines of a language-model corpus) are left out.
         """
-        for start in range(0, len(self.dataset), size):
+        for start in range(first * size, len(self.dataset), step * size):
             indices = range(start, min(start + size, len(self.dataset)))
             features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
             if features:
