@@ -145,6 +145,8 @@ class Statistics:
             aliases = {str(key): str(value) for key, value in content["aliases"].items()}
             listed = content.get("uses", {}).items()
             uses = {str(key): [(str(kind), str(module)) for kind, module in found] for key, found in listed}
+            if not {module for found in uses.values() for _, module in found} <= tokens.keys():
+                raise ValueError("a module whose rows were not counted")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise StatisticsError(
                 f"{path.name!r} is a safetensors file but holds no statistics of this package"

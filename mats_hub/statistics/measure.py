@@ -17,9 +17,9 @@ from mats_hub.loading import load_adapted, load_expert
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
-from mats_hub.statistics import parallel
 from mats_hub.statistics.collect import collect
 from mats_hub.statistics.file import Provenance, Statistics
+from mats_hub.statistics.parallel import join, local_device, total
 from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
 from mats_hub.statistics.watch import transposed_modules
@@ -125,8 +125,8 @@ def compute_statistics(
     loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
     if len(loaded) > examples:
         loaded = loaded.shuffle(seed=seed).select(range(examples))
-    process, processes = parallel.join()
-    place = choose_device(parallel.local_device(device))
+    process, processes = join()
+    place = choose_device(local_device(device))
     load = load_adapted if vectors else load_expert
     network = load(expert, base_source, dtype, str(place))
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
@@ -152,7 +152,7 @@ def compute_statistics(
     directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
     sketch = Sketch(rank, directions, seed) if rank else None
     sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch, sample)
-    sums = parallel.total(sums, place) if processes > 1 else sums
+    sums = total(sums, place) if processes > 1 else sums
     sums.narrow()
     dropped = sums.finish_sketches()
     if not expert.adapter:

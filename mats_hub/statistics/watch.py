@@ -342,7 +342,7 @@ class Watch(TorchFunctionMode):
 
 def has_experts(model: nn.Module) -> bool:
     """Tell whether some parameter stacks the matrices of several experts, which see tokens without their place."""
-    return any(p.dim() == 3 and not name.endswith(".weight") for name, p in model.named_parameters())
+    return any(p.dim() == 3 and len(p) > 1 and not name.endswith(".weight") for name, p in model.named_parameters())
 
 
 def _unfolded(module: nn.Module, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ ROWS: list[dict[str, Any]] = [
 MATCHED: dict[str, dict[str, Any]] = {
     "Gram, exact": {"method": "mats", "curvature": "gram", "off_diagonal": 0.9, "solver": "exact"},
     "K-FAC, preconditioned, 5": MERGES["kfac"],
-    "K-FAC, 100": {"method": "mats", "curvature": "kfac", "iterations": 100},
+    "K-FAC, trace-normalized, 30": {"method": "mats", "curvature": "kfac", "normalization": "trace", "iterations": 30},
 }
 
 
