@@ -200,6 +200,7 @@ def _solver_text(solver: dict[str, Any] | None) -> str:
         return "closed form"
     text = f"conjugate gradient, {solver['iterations']} iterations"
     text += f", tolerance {solver['tolerance']:g}" if solver["tolerance"] else ""
+    text += f", damping {solver['damping']:g}" if solver.get("damping") else ""
     text += ", Kronecker preconditioner" if solver["preconditioner"] == "kronecker" else ""
     return text + (", within the span of the experts' B factors" if solver.get("subspace") == "factors" else "")
 

@@ -265,7 +265,9 @@ def _closed_sum(a: Curvature, b: Curvature) -> Curvature | None:
         case (Diagonal(), Identity()):
             return Diagonal(a.values + b.scale)
         case (Gram() | Dense(), Identity()):
-            return type(a)(a.matrix + b.scale * torch.eye(len(a.matrix), dtype=a.matrix.dtype, device=a.matrix.device))
+            return type(a)(
+                a.matrix + b.scale * torch.eye(a.matrix.shape[-1], dtype=a.matrix.dtype, device=a.matrix.device)
+            )
         case (Identity(), Diagonal() | Gram() | Dense() | LowRank()) | (Gram(), LowRank()):
             return _closed_sum(b, a)
     return None

@@ -37,7 +37,7 @@ ITERATIONS = (10, 30, 100)
 """Among these the number of conjugate-gradient steps is chosen, on validation data."""
 
 SPLITS = {"train": slice(0, 1000), "validation": slice(1000, 1300), "test": slice(1300, 1797)}
-BASE_STEPS, EXPERT_STEPS, BATCH = 800, 150, 64
+BASE_STEPS, EXPERT_STEPS, BATCH = 1600, 100, 64
 
 
 def run_demo(output: str | Path, device: str, progress: Progress, say: Callable[[str], None]) -> Path:
@@ -94,7 +94,7 @@ def _compare(stage: Path, data: dict[str, Any], device: str, progress: Progress,
             for name, sets in data.items()
         ]
 
-    candidates = [(merged("mats", iterations=steps), steps) for steps in ITERATIONS]
+    candidates = [(merged("mats", normalization="trace", iterations=steps), steps) for steps in ITERATIONS]
     best, steps = max(candidates, key=lambda candidate: sum(accuracies(candidate[0].load, "validation")))
     say(f"\nMaTS: {steps} of {', '.join(map(str, ITERATIONS))} iterations, chosen on validation data.")
     scores = {"expert": accuracies(lambda name: load(stage / "experts" / name), "test")}

@@ -10,7 +10,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mats_hub.curvature import Curvature
+from mats_hub.curvature import Curvature, Identity
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class LinearSystem:
     def rhs(self) -> Tensor:
         """B = Σ wᵢ Cᵢ δᵢ."""
         return _sum(c.matvec(d) for c, d in zip(self.curvatures, self.deltas, strict=True))
+
+    def damping(self, factor: float, shape: torch.Size) -> Identity:
+        """Return the curvature `factor` · (mean diagonal of A) · I of a weight of this shape (Tikhonov, relative to A)."""
+        return Identity(factor * float(self.operator.diagonal(shape).mean()))
 
     def residual(self, x: Tensor) -> Tensor:
         """Return b − A x, computed as Σ wᵢ Cᵢ (δᵢ − x).

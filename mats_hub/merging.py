@@ -101,6 +101,10 @@ def merge_deltas(
     if stored:
         *deltas, start = (_as_matrix(tensor, entry, plan) for tensor in (*deltas, start))
     whole = curvatures_at(plan, entry, deltas)
+    if plan.recipe.solver.damping:
+        size = start.shape if basis is None else torch.Size((len(basis), *start.shape[1:]))
+        whole.append(match(whole, deltas, weights).damping(plan.recipe.solver.damping, size))
+        deltas, weights = [*deltas, start], [*weights, 1.0]
     curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
     measured = [] if plan.recipe.curvature.kind == "task_vector" else [s for s in plan.statistics if s]
     accuracy = max((statistics.accuracy for statistics in measured), default=0.0)

@@ -16,7 +16,7 @@ from mats_hub.architecture import Architecture, align, describe, layer_pattern
 from mats_hub.base import open_base
 from mats_hub.checkpoint import parse_size
 from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
-from mats_hub.curvature import Dense, Diagonal, Gram, Kronecker
+from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
 from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
@@ -147,11 +147,14 @@ def _check_method(plan: Plan) -> None:
             )
         )
     if recipe.curvature and recipe.solver and recipe.solver.method == "exact":
-        kinds = [CURVATURE_CLASSES[recipe.curvature.kind]] * len(plan.experts)
+        kinds = [CURVATURE_CLASSES[recipe.curvature.kind]] * len(plan.experts) + [Identity] * bool(
+            recipe.solver.damping
+        )
         if not has_closed_form(kinds):
             plan.problems.append(
                 RecipeError(
-                    f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most); use solver 'cg'"
+                    f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most, and without "
+                    "damping); use solver 'cg'"
                 )
             )
     if recipe.solver and recipe.solver.subspace == "factors":

@@ -108,6 +108,11 @@ class Solver(Part):
     preconditioner: Literal["none", "kronecker"] = Field(
         "none", description="none is the paper's path; kronecker (K-FAC only) needs far fewer iterations"
     )
+    damping: NonNegative = Field(
+        0.0,
+        description="the initialization counts as one more expert whose curvature, in every direction, is this times the mean "
+        "diagonal of the others' sum (0.1 to 1 for K-FAC solved far); 0 is the paper's",
+    )
     subspace: Literal["whole", "factors"] = Field(
         "whole",
         description="factors: K-FAC of LoRA adapters solved within the span of their B factors, so that nothing is cut",

@@ -139,6 +139,8 @@ def conjugate_gradient(
 def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
     """Return one Kronecker product near Σ Bᵢ ⊗ Aᵢ, or None when a term is no Kronecker product or all are zero.
 
+    A multiple of the identity beside others is one, too.
+
     It is P_B ⊗ P_A with P_B = Σ Bᵢ tr(Aᵢ) / √t, P_A = Σ Aᵢ tr(Bᵢ) / √t and t = Σ tr(Bᵢ) tr(Aᵢ).
 
     Raises:
@@ -146,6 +148,10 @@ def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
 
     """
     terms = [c for c in system.curvatures if isinstance(c, Kronecker)]
+    for c in system.curvatures if terms else ():
+        if isinstance(c, Identity):
+            output, inner = (torch.eye(size).to(system.deltas[0]) for size in system.deltas[0].shape[-2:])
+            terms.append(Kronecker(c.scale * output, inner))
     if len(terms) != len(system.curvatures):
         return None
     traces = [(_trace(c.output), _trace(c.input)) for c in terms]

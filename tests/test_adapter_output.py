@@ -607,6 +607,9 @@ CURVED: dict[str, dict[str, Any]] = {
     "task vectors, their diagonal more": MATS | {"curvature": "task_vector", "iterations": 3, "off_diagonal": 0.7},
     "K-FAC within the factors": MATS | {"iterations": 4, "subspace": "factors"},
     "K-FAC, dense": MATS | {"iterations": 4},
+    "RegMean, damped": {"method": "regmean", "damping": 0.3},
+    "K-FAC, damped": MATS | {"iterations": 4, "damping": 0.3, "initialization": "task_arithmetic", "scale": 0.5},
+    "K-FAC within the factors, damped": MATS | {"iterations": 4, "subspace": "factors", "damping": 0.3},
 }
 
 
@@ -649,12 +652,17 @@ class System:
         return sum(w * (delta if B is None else B @ delta) @ A for w, B, A, delta in self.terms)
 
     def within(self, Q: Tensor) -> System:
-        return System([(w, Q.T @ B @ Q, A, Q.T @ delta) for w, B, A, delta in self.terms])
+        return System([(w, None if B is None else Q.T @ B @ Q, A, Q.T @ delta) for w, B, A, delta in self.terms])
+
+    def damped(self, factor: float, towards: Tensor) -> System:
+        """Add a start as one more expert, with a multiple of the mean diagonal of the sum in every direction."""
+        diagonal = sum(w * A.diagonal().mean() * (1 if B is None else B.diagonal().mean()) for w, B, A, _ in self.terms)
+        return System([*self.terms, (factor * diagonal, None, torch.eye(towards.shape[1]).double(), towards)])
 
     @property
     def metric(self) -> Tensor:
         """The inputs' side of the curvature, by which a result is cut."""
-        return sum(w * A * (1 if B is None else B.trace()) for w, B, A, _ in self.terms)
+        return sum(w * A * (len(delta) if B is None else B.trace()) for w, B, A, delta in self.terms)
 
     def steps(self, X: Tensor, count: int) -> Tensor:
         """Return the iterate of the textbook's conjugate gradient."""
@@ -704,6 +712,7 @@ def by_hand(system: System, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     arithmetic = options.get("initialization") == "task_arithmetic"
     factors = weights * options["scale"] if arithmetic else weights / weights.sum()
     start = sum(float(f) * delta for f, delta in zip(factors.double(), deltas, strict=True))
+    system = system.damped(options.get("damping", 0), start)
     if "iterations" not in options:
         operator = system.apply(torch.eye(len(system.metric)).double())
         inverse = torch.linalg.pinv(operator, rtol=len(operator) * torch.finfo(torch.float32).eps, hermitian=True)

@@ -27,6 +27,7 @@ def grid(**options: list) -> list[dict]:
 
 
 KFAC = {"method": ["mats"], "curvature": ["kfac"]}
+DAMPED = {**KFAC, "preconditioner": ["kronecker"], "iterations": [30], "damping": [1.0, 0.1, 0.01, 0.001]}
 METHODS: dict[str, list[dict]] = {
     "average": grid(method=["average"]),
     "task arithmetic": grid(method=["task_arithmetic"], scale=[0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
@@ -43,6 +44,11 @@ METHODS: dict[str, list[dict]] = {
     "MaTS, K-FAC, trace-normalized, from average": grid(**KFAC, normalization=["trace"], iterations=[50, 100]),
     "MaTS, K-FAC, trace-normalized, preconditioned": grid(
         **KFAC, normalization=["trace"], preconditioner=["kronecker"], iterations=[5, 20]
+    ),
+    "MaTS, K-FAC, damped, from average": grid(**DAMPED),
+    "MaTS, K-FAC, damped, trace-normalized, from average": grid(**DAMPED, normalization=["trace"]),
+    "MaTS, K-FAC, damped, trace-normalized, from task arithmetic": grid(
+        **DAMPED, normalization=["trace"], initialization=["task_arithmetic"], scale=[0.3, 0.5]
     ),
 }
 
@@ -75,6 +81,18 @@ IA3_METHODS: dict[str, list[dict]] = {
     ),
     "MaTS, block Fisher, from TIES": grid(**BLOCK, initialization=["ties"], scale=[1.0, 1.5]),
 }
+FULL_METHODS: dict[str, list[dict]] = {
+    name: [*settings, *(setting | {"parameters": ["linear"]} for setting in settings)]
+    if settings[0]["method"] == "mats"
+    else settings
+    for name, settings in METHODS.items()
+}
+KINDS: dict[str, tuple[dict[str, dict], dict[str, list[dict]]]] = {
+    "LORA": ({"": {"kind": ["kfac", "fisher"]}, "-sketch": SKETCHED}, LORA_METHODS),
+    "IA3": ({"": {"kind": ["block_fisher", "fisher"]}}, IA3_METHODS),
+    "full": ({"": {"kind": ["kfac", "fisher"]}}, FULL_METHODS),
+}
+"""Kind of expert → what is measured, by the ending of its files, and what is run."""
 
 
 def main() -> None:
@@ -92,7 +110,7 @@ def main() -> None:
     bench = Benchmark(arguments)
     bench.measure()
     print(f"experts alone, test accuracy: {json.dumps(bench.alone)}", flush=True)
-    for name, settings in (LORA_METHODS if bench.lora else IA3_METHODS).items():
+    for name, settings in bench.methods.items():
         if arguments.only is None or re.search(arguments.only, name):
             bench.run(name, settings)
 
@@ -105,24 +123,27 @@ class Benchmark:
         self.examples, self.format = arguments.examples, arguments.format
         self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
         self.experts = {task: arguments.experts / task for task in self.tasks}
-        config = json.loads((next(iter(self.experts.values())) / "adapter_config.json").read_text())
-        self.lora = config["peft_type"] == "LORA"
+        adapter = next(iter(self.experts.values())) / "adapter_config.json"
+        kind = json.loads(adapter.read_text())["peft_type"] if adapter.exists() else "full"
+        self.kinds, self.methods = KINDS[kind]
         self.alone = {task: round(self.score_expert(task), 4) for task in self.tasks}
 
     def score_expert(self, task: str) -> float:
         expert = Expert(open_source(self.experts[task]), task)
-        model = load_expert(expert, open_source(self.base))
+        model = load_expert(expert, open_source(self.base) if expert.adapter else None)
         test = self.tasks[task] / "test.jsonl"
         return mats_hub.evaluate(model, dataset=test, processor=self.base, max_length=self.max_length)
 
     def measure(self) -> None:
-        kinds: dict[str, dict] = {"": {"kind": ["kfac", "fisher"]}, "-sketch": SKETCHED}
-        for ending, options in (kinds if self.lora else {"": {"kind": ["block_fisher", "fisher"]}}).items():
+        for ending, options in self.kinds.items():
             for task, folder in self.tasks.items():
+                options = options | (
+                    {"base": str(self.base)} if (self.experts[task] / "adapter_config.json").exists() else {}
+                )
                 target = self.statistics / f"{task}{ending}.safetensors"
                 if not target.exists():
                     mats_hub.compute_statistics(
-                        self.experts[task], base=str(self.base), dataset=folder / "validation.jsonl", output=target,
+                        self.experts[task], dataset=folder / "validation.jsonl", output=target,
                         examples=self.examples, max_length=self.max_length, **options,
                     )  # fmt: skip
 
