@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mats_hub.device import one_thread
 from mats_hub.errors import SourceError
 from mats_hub.evaluation import evaluate
 from mats_hub.loading import load, quiet
@@ -33,8 +34,9 @@ TASKS = {
     "upside-down-size": DemoTask(2, ("0 to 4", "5 to 9"), lambda digit: int(digit > 4)),
 }
 METHODS = ("average", "ties", "regmean", "mats")
-ITERATIONS = (10, 30, 100)
-"""Among these the number of conjugate-gradient steps is chosen, on validation data."""
+MATS = {"normalization": "trace", "preconditioner": "kronecker", "iterations": 30}
+DAMPINGS = (1.0, 0.3, 0.1)
+"""Among these MaTS's damping is chosen, on validation data."""
 
 SPLITS = {"train": slice(0, 1000), "validation": slice(1000, 1300), "test": slice(1300, 1797)}
 BASE_STEPS, EXPERT_STEPS, BATCH = 1600, 100, 64
@@ -59,7 +61,7 @@ def run_demo(output: str | Path, device: str, progress: Progress, say: Callable[
     """
     target = check_output(output)
     data = {name: _digits(task) for name, task in TASKS.items()}
-    with staged(target) as stage:
+    with staged(target) as stage, one_thread():
         say("Training a small vision transformer on handwritten digits (the base), and three experts from it:")
         say(f"  {', '.join(TASKS)}; each has labels and a head of its own.")
         with quiet():
@@ -75,7 +77,7 @@ def run_demo(output: str | Path, device: str, progress: Progress, say: Callable[
             )
         _compare(stage, data, device, progress, say)
     say(f"\nWritten: {target / 'merged'} (README.md is its model card), with base and experts beside it. Next:")
-    say(f"  mats-hub plan {target}/experts/* --base {target}/base --method mats --iterations 30")
+    say(f"  mats-hub plan {target}/experts/* --base {target}/base --method mats --damping {DAMPINGS[-1]}")
     say(f"  python -c \"import mats_hub; print(mats_hub.load('{target / 'merged'}', task='{next(iter(TASKS))}'))\"")
     say(f"  mats-hub push {target / 'merged'} OWNER/NAME")
     return target / "merged"
@@ -94,9 +96,9 @@ def _compare(stage: Path, data: dict[str, Any], device: str, progress: Progress,
             for name, sets in data.items()
         ]
 
-    candidates = [(merged("mats", normalization="trace", iterations=steps), steps) for steps in ITERATIONS]
-    best, steps = max(candidates, key=lambda candidate: sum(accuracies(candidate[0].load, "validation")))
-    say(f"\nMaTS: {steps} of {', '.join(map(str, ITERATIONS))} iterations, chosen on validation data.")
+    candidates = [(merged("mats", **MATS, damping=damping), damping) for damping in DAMPINGS]
+    best, damping = max(candidates, key=lambda candidate: sum(accuracies(candidate[0].load, "validation")))
+    say(f"\nMaTS: damping {damping:g} of {', '.join(f'{d:g}' for d in DAMPINGS)}, chosen on validation data.")
     scores = {"expert": accuracies(lambda name: load(stage / "experts" / name), "test")}
     for method in METHODS:
         final = method == "mats"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from mats_hub.errors import RecipeError
@@ -21,3 +24,14 @@ def choose_device(name: str = "auto") -> torch.device:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise RecipeError(f"device {name!r} is not on this machine; it has: {usable}")
     return torch.device(name)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread on the CPU: what is small is done before several threads have found together."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

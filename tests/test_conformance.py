@@ -381,7 +381,10 @@ def test_the_nearest_kronecker_product_is_the_term_itself_and_keeps_partial_trac
     close(near.output * near.input.trace(), torch.einsum("aibi->ab", blocks), 1e-13)
     close(near.input * near.output.trace(), torch.einsum("aiaj->ij", blocks), 1e-13)
     assert nearest_kronecker(match([make(1).scaled(0.0)], [draw(OUT, IN, seed=3)], [1.0])) is None
-    for name in ("identity", "gram", "low rank", "dense", "sum"):
+    beside = match([make(1), Identity(0.7)], [draw(OUT, IN, seed=3)] * 2, [1.0, 1.0])
+    near, whole = nearest_kronecker(beside), dense(make(1)) + 0.7 * torch.eye(OUT * IN).double()
+    close(near.output * near.input.trace(), torch.einsum("aibi->ab", whole.reshape(OUT, IN, OUT, IN)), 1e-13)
+    for name in ("gram", "low rank", "dense", "sum"):
         assert nearest_kronecker(match([make(1), CURVATURES[name](1)], [draw(OUT, IN, seed=3)] * 2, [1, 1])) is None
     for bad in (Kronecker(-psd(OUT, 1), psd(IN, 2)), make(1).scaled(float("inf"))):
         with pytest.raises(NumericalError, match="not positive semidefinite"):
@@ -555,3 +558,23 @@ def test_the_streamed_threshold_keeps_the_fraction_asked_for_in_any_dtype(densit
         rank.add(delta)
         merged = INITIALIZATIONS["ties"]([delta], [1.0], Context(thresholds=(rank.value(),)), density=density)
         assert int((merged != 0).sum()) == 50 - kept_rank(50, density) + 1
+
+
+@pytest.mark.parametrize("name", ["identity", "diagonal", "gram", "low rank", "kronecker", "dense", "sum"])
+def test_damping_goes_from_the_solution_to_the_initialization(name):
+    system, x0 = problem(CURVATURES[name], 2), draw(OUT, IN, seed=5)
+
+    def damped(factor: float) -> LinearSystem:
+        term = system.damping(factor, x0.shape)
+        mean = float(sum(dense(c) for c in system.curvatures).diagonal().mean())
+        assert term.scale == pytest.approx(factor * mean)
+        return match([*system.curvatures, term], [*system.deltas, x0], [1.0] * 3)
+
+    distances = []
+    for factor in (1e-9, 0.1, 1.0, 1e9):
+        made = damped(factor)
+        solution = conjugate_gradient(made, x0, iterations=4000, tolerance=1e-13)
+        close(solution.value, oracle(made, x0), 1e-6)
+        distances.append(float((solution.value - x0).norm()))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-6 * distances[0]

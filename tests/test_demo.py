@@ -19,7 +19,7 @@ def run(folder, monkeypatch):
 def test_the_demo_runs_and_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "BASE_STEPS", 4)
     monkeypatch.setattr(demo, "EXPERT_STEPS", 2)
-    monkeypatch.setattr(demo, "ITERATIONS", (2, 4))
+    monkeypatch.setattr(demo, "DAMPINGS", (1.0, 0.1))
     text = run(tmp_path / "demo", monkeypatch)
     for method in ("the experts", "average", "ties", "regmean", "mats (merged)"):
         assert f"\n{method}" in text
@@ -42,4 +42,4 @@ def test_the_demo_as_it_is_shows_mats_ahead_of_the_average(tmp_path, monkeypatch
         model: sum(r["value"] for r in results if r["model"] == model) / 3 for model in ("merged", "average", "expert")
     }
     assert mean["expert"] > 0.85
-    assert mean["merged"] > mean["average"] - 0.01
+    assert mean["merged"] > mean["average"]

@@ -407,6 +407,8 @@ def test_missing_statistics_of_one_module_are_an_error_or_initialized(copy):
     content = json.loads(metadata["mats_statistics"])
     module = "bert.encoder.layer.1.output.dense"
     del content["tokens"][module]
+    for leaf in ("weight", "bias"):
+        del content["uses"][f"{module}.{leaf}"]
     metadata["mats_statistics"] = json.dumps(content)
     save_file({k: v for k, v in tensors.items() if module not in k}, path, metadata=metadata)
     text = problem(copy.experts, base=copy.base, method="regmean")
