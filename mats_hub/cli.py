@@ -147,6 +147,10 @@ def _add_statistics(commands: Any) -> None:
     statistics.add_argument("--dtype", default="float32", help="what the model runs in (default: %(default)s)")
     statistics.add_argument("--storage", default="float32", help="float32, float16 or bfloat16 (default: %(default)s)")
     statistics.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    statistics.add_argument("--device-map", help="auto: spread a model that is larger than a device over several")
+    statistics.add_argument(
+        "--memory", help="what sums may take, such as 8GB, in more passes if need be; what is free otherwise"
+    )
     statistics.add_argument("--output", help="file to write (default: NAME.statistics.safetensors)")
     statistics.add_argument(
         "--push",

@@ -20,6 +20,9 @@ TASKS_FOLDER = "tasks"
 HEAD_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How transformers spreads a model that is larger than a device over several."""
+
 
 def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float32", device: str = "cpu") -> Any:
     """Return the expert as a transformers model in eval mode; an adapter is merged into its base.
@@ -28,7 +31,7 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         expert: what to load.
         base: the base of an adapter, when it is not the one the adapter names.
         dtype: what to load the weights in.
-        device: where to put it.
+        device: where to put it, or one of `DEVICE_MAPS`.
 
     Raises:
         SourceError: a model cannot be found.
@@ -36,16 +39,19 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
 
     """
     if expert.adapter is None:
-        model = _model_class(expert.auto_class)
-        return _from_pretrained(model, expert.source, _torch_dtype(dtype)).to(device).eval()
-    with quiet():
-        return _with_adapter(_base_model(expert, base, dtype), expert).merge_and_unload().to(device).eval()
+        model_class, spread = _model_class(expert.auto_class), _device_map(device)
+        model = _from_pretrained(model_class, expert.source, _torch_dtype(dtype), device_map=spread)
+    else:
+        with quiet():
+            model = _with_adapter(_base_model(expert, base, dtype, _device_map(device)), expert).merge_and_unload()
+    return (model if _device_map(device) else model.to(device)).eval()
 
 
 def load_adapted(expert: Expert, base: Source | None = None, dtype: str = "float32", device: str = "cpu") -> Any:
     """Return an adapter's expert as a PEFT model in eval mode, the adapter beside its base; see `load_expert`."""
     with quiet():
-        return _with_adapter(_base_model(expert, base, dtype), expert).to(device).eval()
+        model = _with_adapter(_base_model(expert, base, dtype, _device_map(device)), expert)
+    return (model if _device_map(device) else model.to(device)).eval()
 
 
 def fold(expert: Expert, base: Source, folder: Path, dtype: str = "float32") -> None:
@@ -89,14 +95,18 @@ def _base_of(expert: Expert, base: Source | None) -> Source:
         ) from error
 
 
-def _base_model(expert: Expert, base: Source | None, dtype: str) -> Any:
+def _device_map(device: str) -> str | None:
+    return device if device in DEVICE_MAPS else None
+
+
+def _base_model(expert: Expert, base: Source | None, dtype: str, device_map: str | None = None) -> Any:
     """Return the model that an adapter was made for, with the head of its task if it has one (not yet its own)."""
     base = _base_of(expert, base)
     reference = Checkpoint(base)
     expert.align_to(reference)
     config = _config(expert.task_config(reference.config))
     model_class = _model_class(expert.auto_class or describe(reference.config).class_name or "AutoModel")
-    return _from_pretrained(model_class, base, _torch_dtype(dtype), config=config)
+    return _from_pretrained(model_class, base, _torch_dtype(dtype), config=config, device_map=device_map)
 
 
 def load(
@@ -203,12 +213,16 @@ def _config(content: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**content)
 
 
-def _from_pretrained(model_class: Any, source: Source, dtype: Any, config: Any = None, info: bool = False) -> Any:
+def _from_pretrained(
+    model_class: Any, source: Source, dtype: Any, config: Any = None, info: bool = False, device_map: str | None = None
+) -> Any:
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.folder or source.repo_id}
     if source.folder is None:
         where.update(revision=source.commit, token=source.token)
     if config is not None:
         where.update(config=config)
+    if device_map is not None:
+        where.update(device_map=device_map)
     with quiet():
         try:
             return model_class.from_pretrained(**where, dtype=dtype, use_safetensors=True, output_loading_info=info)

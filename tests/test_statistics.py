@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +49,8 @@ from mats_hub.errors import (
 )
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import open_source
-from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics
-from mats_hub.statistics.collect import collect
+from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics, passes
+from mats_hub.statistics.collect import collect, survey
 from mats_hub.statistics.sketch import Sketch, nystrom
 from mats_hub.statistics.tasks import Columns, open_task
 from mats_hub.statistics.watch import linear_modules, transposed_modules
@@ -1189,6 +1191,151 @@ def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path, family: st
     one, several = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "several"))
     assert one == several
     assert Statistics.load(tmp_path / "several.safetensors").provenance.examples == 11
+
+
+# --- passes and interruptions
+
+
+class Stop(Exception):
+    """What interrupts a measurement in these tests."""
+
+
+def stop_after(count: int) -> Callable[[Iterable[Any], int, str], Iterable[Any]]:
+    """Return a progress that lets so many batches pass, over all passes, and then stops the measurement."""
+    left = [count]
+
+    def shown(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
+        for item in items:
+            if not left[0]:
+                raise Stop
+            left[0] -= 1
+            yield item
+
+    return shown
+
+
+KINDS = ["kfac", "fisher"]
+
+
+@pytest.mark.parametrize("family", list(FACTORIES))
+@pytest.mark.parametrize("options", [{}, {"rank": 3}], ids=["whole", "sketched"])
+def test_several_passes_give_what_one_gives(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    FACTORIES[family](tmp_path / "expert", seed=2)
+    data = examples_of(family, 7)
+    told: list[str] = []
+
+    def shown(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+        told.append(description)
+        return items
+
+    for name, memory in (("one", "1GB"), ("several", "20KB")):
+        compute_statistics(
+            tmp_path / "expert", dataset=data, kind=KINDS, batch_size=3, device="cpu", memory=memory, progress=shown,
+            output=tmp_path / f"{name}.safetensors", **options,
+        )  # fmt: skip
+    assert told[0] == "statistics of expert"
+    count = len(told) - 1
+    assert count > 2
+    assert told[1:] == [f"statistics of expert, pass {i + 1} of {count}" for i in range(count)]
+    one, several = (Statistics.load(tmp_path / f"{name}.safetensors") for name in ("one", "several"))
+    if family == "t5":  # torch chooses another attention kernel where the position bias needs no gradient
+        assert one.provenance == several.provenance
+        for key in one.keys():  # noqa: SIM118
+            assert_close(several.tensor(key), one.tensor(key), key, floor=1e-3)
+    else:
+        assert one.path.read_bytes() == several.path.read_bytes()
+
+
+@pytest.mark.parametrize("memory", ["1GB", "60KB"])
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"labels": "model"}], ids=["whole", "sketched", "drawn"])
+def test_an_interrupted_measurement_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(passes, "SAVE_EVERY", -1e9)  # so that every batch is recorded
+    FACTORIES["bert"](tmp_path / "expert", seed=2)
+    seen: list[int] = []
+
+    def measure(name: str, progress: Any = None, **others: Any) -> bytes:
+        compute_statistics(
+            tmp_path / "expert", dataset=examples_of("bert", 7), kind=KINDS, batch_size=2, device="cpu", memory=memory,
+            output=tmp_path / f"{name}.safetensors", progress=progress, **(options | others),
+        )  # fmt: skip
+        return (tmp_path / f"{name}.safetensors").read_bytes()
+
+    def counted(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+        seen.append(total)
+        return items
+
+    expected = measure("whole", counted)
+    passes_of_four = list(seen)
+    assert set(passes_of_four) == {4}
+    for count in (2, 1):  # interrupted twice
+        with pytest.raises(Stop):
+            measure("broken", stop_after(count))
+    assert not (tmp_path / "broken.safetensors").exists()
+    state = tmp_path / ".broken.safetensors.progress"
+    assert state.is_dir()
+    seen.clear()
+    assert measure("broken", counted) == expected
+    assert sum(seen) == sum(passes_of_four) - 3
+    assert not state.exists()
+    with pytest.raises(Stop):
+        measure("other", stop_after(2), examples=6)
+    seen.clear()
+    assert measure("other", counted) == expected  # what other settings left behind is not used
+    assert seen == passes_of_four
+
+
+def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
+    FACTORIES["bert"](tmp_path / "expert", seed=2)
+    rows = examples_of("bert", 12)
+    data = written(tmp_path, "jsonl", {name: rows[name] for name in rows.column_names})
+    code = (
+        "import os, sys\n"
+        "import mats_hub\n"
+        "from mats_hub.statistics import passes\n"
+        "passes.SAVE_EVERY = -1e9\n"
+        "def shown(items, total, description):\n"
+        "    print(total, flush=True)\n"
+        "    for number, item in enumerate(items):\n"
+        "        if number == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
+        "        yield item\n"
+        f"mats_hub.compute_statistics({str(tmp_path / 'expert')!r}, dataset={str(data)!r}, batch_size=2, device='cpu',\n"
+        "    output=sys.argv[1], progress=shown)\n"
+    )
+
+    def run(name: str, stop: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(tmp_path / f"{name}.safetensors"), str(stop)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+    assert run("whole", 99).stdout == "6\n"
+    killed = run("broken", 4)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "broken.safetensors").exists()
+    assert run("broken", 99).stdout == "2\n"
+    assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kinds", [["kfac"], ["gram"], ["fisher"], ["kfac", "fisher", "block_fisher"]])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_what_the_sums_take_is_known_before_they_are_measured(case: Any, kinds: list[str], rank: int | None) -> None:
+    data = case.data
+    seen = survey(case.model, next(data.batches(3)), data.masks)
+    sums = collect(case.model, data.batches(3), kinds, data.loss, data.masks, sketch=Sketch(rank) if rank else None)
+    held = sum(value.numel() * value.element_size() for value in sums.tensors.values())
+    known = sum(size for _, size in passes.costs(case.model, seen, kinds, None, rank))
+    assert held <= known * 1.01
+    assert known <= held * 1.6
+
+
+def test_a_spread_model_is_measured_as_one_on_a_device(tmp_path: Path) -> None:
+    FACTORIES["llama"](tmp_path / "expert", seed=2)
+    whole = compute_statistics(tmp_path / "expert", dataset=examples_of("llama", 4), device="cpu")
+    spread = compute_statistics(tmp_path / "expert", dataset=examples_of("llama", 4), device_map="auto")
+    for key in whole.keys():  # noqa: SIM118
+        torch.testing.assert_close(spread.tensor(key).cpu(), whole.tensor(key), rtol=1e-4, atol=1e-6)
+    with pytest.raises(RecipeError, match=r"device map 'atuo'.*'auto'"):
+        compute_statistics(tmp_path / "expert", dataset=examples_of("llama", 4), device_map="atuo")
 
 
 # --- storage

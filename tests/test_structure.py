@@ -25,7 +25,7 @@ FLOORS = (
     ("statistics.file",),
     ("statistics.remote",),
     ("statistics.collect",),
-    ("expert", "statistics.tasks"),
+    ("expert", "statistics.tasks", "statistics.passes"),
     ("loading",),
     ("statistics.measure",),
     ("statistics",),

@@ -75,14 +75,19 @@ class Sums:
             return self.add(key, gram)
         if key not in self.tensors:
             self.tensors[key] = _wide(gram.new_zeros(count, *gram.shape))
-        self.tensors[key][index] += gram
+        self._held(key, gram.device)[index] += gram
 
     def add(self, key: str, value: Tensor) -> None:
         """Add a tensor to the sum under `key`, which is held in float64 where the device has it (see `statistics.parallel`)."""
         if key in self.tensors:
-            self.tensors[key] += value
+            self._held(key, value.device).add_(value)
         else:
             self.tensors[key] = _wide(value.detach().clone())
+
+    def _held(self, key: str, device: torch.device) -> Tensor:
+        """Return a sum, moved to where it is added to: one that was recorded comes back on the CPU."""
+        self.tensors[key] = self.tensors[key].to(device)
+        return self.tensors[key]
 
     def merged(self, other: Sums) -> Sums:
         """Return the sums over both parts of the data."""
@@ -93,9 +98,16 @@ class Sums:
         examples = self.examples + other.examples
         return Sums(tensors, tokens, dict(self.aliases), examples, dict(self.probes), dict(self.uses))
 
+    def joined(self, other: Sums) -> Sums:
+        """Return these sums and those of other parameters over the same data."""
+        found = {
+            name: {**getattr(self, name), **value} for name, value in vars(other).items() if isinstance(value, dict)
+        }
+        return Sums(**found, examples=other.examples)
+
     def narrow(self) -> None:
-        """End the summation: every sum in float32, as it is stored."""
-        self.tensors = {key: value.float() for key, value in self.tensors.items()}
+        """End the summation: every sum in float32 and on the CPU, as it is stored."""
+        self.tensors = {key: value.float().cpu() for key, value in self.tensors.items()}
 
     def split_experts(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
         """Give the matrices of stacked experts sums of their own, under the names they have in a checkpoint.

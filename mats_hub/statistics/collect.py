@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,68 @@ from mats_hub.statistics.watch import MAX_FEATURES, Watch, has_experts
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
+NO_EXAMPLE = "there is no example to measure statistics on"
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 MaskFunction = Callable[[Batch], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one batch tells of how a model treats its inputs.
+
+    Attributes:
+        aliases: module → the module that reads the same input before it.
+        widths: module that has an input Gram → its number of features.
+        out_widths: module that has an output Gram → its number of features.
+        found: uses of parameters, axes of tokens, and whether embeddings are looked up once for each token.
+        singly: whether examples have to be taken one by one; None where the batch had only one.
+
+    """
+
+    aliases: dict[str, str]
+    widths: dict[str, int]
+    out_widths: dict[str, int]
+    found: Sums
+    singly: bool | None
+
+    def start(self, only: Collection[str] | None, sketch: Sketch | None, gradients: bool) -> Sums:
+        """Return empty sums, with the probes of the parameters `only` where Grams are sketched."""
+        uses = self.found.uses.items()
+        watched = {module for name, found in uses if only is None or name in only for _, module in found}
+        sums = Sums(
+            aliases={name: leader for name, leader in self.aliases.items() if name in watched},
+            per_token=dict(self.found.per_token),
+            token_axis=dict(self.found.token_axis),
+        )
+        if sketch is None:
+            return sums
+        for leader, width in self.widths.items():
+            if leader in watched and leader not in sums.aliases:
+                members = [leader, *(name for name, other in sums.aliases.items() if other == leader)]
+                sums.probes[f"{leader}.input"] = sketch.probes(members, width)
+        plain = Sketch(sketch.rank, {}, sketch.seed)
+        for module, width in self.out_widths.items() if gradients else ():
+            if module in watched:
+                sums.probes[f"{module}.output"] = plain.probes([f"{module}.output"], width)
+        return sums
+
+
+def survey(
+    model: nn.Module,
+    batch: Batch,
+    masks: MaskFunction = lambda batch: [],
+    only: Collection[str] | None = None,
+    singly: bool | None = None,
+) -> Survey:
+    """See with one example of a batch what a model does with its parameters, and with all whether it mixes examples."""
+    with measuring(model):
+        found = Sums()
+        watch, trial = _trial(model, _without_padding(batch)[0], found, masks, only)
+        found.uses = trial.uses
+        if singly is None and _batch_size(batch) > 1:
+            singly = _mixes_examples(model, batch, found, masks, only)
+    return Survey(watch.aliases(), watch.widths, watch.out_widths, found, singly)
 
 
 def collect(
@@ -29,7 +90,9 @@ def collect(
     masks: MaskFunction = lambda batch: [],
     only: Collection[str] | None = None,
     sketch: Sketch | None = None,
-    sample: Batch | None = None,
+    seen: Survey | None = None,
+    sums: Sums | None = None,
+    after: Callable[[Sums], None] = lambda sums: None,
 ) -> Sums:
     """Return the sums behind curvatures of the given kinds.
 
@@ -42,35 +105,49 @@ def collect(
             of another shape count whole.
         only: the parameters to measure; all when None.
         sketch: how to sketch input Grams, when they are not to be held whole.
-        sample: the batch that tells how the model treats its inputs; the first of several examples otherwise.
+        seen: how the model treats its inputs; told by the first batch, and the first of several examples, otherwise.
+        sums: what to add to, of batches before these; nothing otherwise.
+        after: called with the sums after every batch.
 
     Raises:
         NumericalError: a non-finite activation or gradient, naming the module.
         StatisticsError: there is no example.
 
     """
-    training = {module: module.training for module in model.modules()}
-    required = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    singly: bool | None = None  # not known before a batch of several examples
-    sums, config = Sums(), getattr(model, "config", None)
-    fused = getattr(config, "_experts_implementation", None)
-    try:
-        if fused and config is not None:  # one matrix after another, so that it is seen which tokens each one gets
-            config._experts_implementation = "eager"
-
+    grams, gradients = "gram" in kinds or "kfac" in kinds, "kfac" in kinds
+    with measuring(model):
         for batch in batches:
-            if "gram" in kinds or "kfac" in kinds:
-                shown = batch if sample is None else sample
-                if not sums.examples:
-                    _find_shared(model, shown, sums, masks, only, sketch)
-                if singly is None and _batch_size(shown) > 1:
-                    singly = _mixes_examples(model, shown, sums, masks, only)
-                for part in _without_padding(batch) if singly else [batch]:
-                    _add_grams(model, part, sums, "kfac" in kinds, loss, masks, only)
+            if grams and (seen is None or (seen.singly is None and _batch_size(batch) > 1)):
+                seen = survey(model, batch, masks, only)
+            if sums is None:
+                sums = seen.start(only, sketch, gradients) if seen else Sums()
+            if grams:
+                for part in _without_padding(batch) if seen and seen.singly else [batch]:
+                    _add_grams(model, part, sums, gradients, loss, masks, only)
             if "fisher" in kinds or "block_fisher" in kinds:
                 _add_fisher(model, batch, sums, kinds, loss, only)
             sums.examples += _batch_size(batch)
+            after(sums)
+    if sums is None:
+        raise StatisticsError(NO_EXAMPLE)
+    for key, value in sums.tensors.items():
+        if not torch.isfinite(value).all():
+            raise NumericalError(f"statistics {key!r} are not finite: the expert's activations or gradients overflow")
+    return sums
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Put a model in the state it is measured in, and back into the one it was in."""
+    training = {module: module.training for module in model.modules()}
+    required = {p: p.requires_grad for p in model.parameters()}
+    config = getattr(model, "config", None)
+    fused = getattr(config, "_experts_implementation", None)
+    model.eval()
+    try:
+        if fused and config is not None:  # one matrix after another, so that it is seen which tokens each one gets
+            config._experts_implementation = "eager"
+        yield
     finally:
         if fused and config is not None:
             config._experts_implementation = fused
@@ -78,12 +155,6 @@ def collect(
             module.training = flag
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
-    if not sums.examples and sample is None:
-        raise StatisticsError("there is no example to measure statistics on")
-    for key, value in sums.tensors.items():
-        if not torch.isfinite(value).all():
-            raise NumericalError(f"statistics {key!r} are not finite: the expert's activations or gradients overflow")
-    return sums
 
 
 def _batch_size(batch: Batch) -> int:
@@ -127,7 +198,7 @@ def _add_grams(
             value = loss(model, batch)
         else:
             _forward(model, batch)
-    if gradients:
+    if gradients and value.requires_grad:  # not so where nothing that is measured was reached
         value.backward()
 
 
@@ -143,21 +214,6 @@ def _trial(
     with torch.no_grad(), Watch(model, found, False, masks(batch), _batch_size(batch), only, trial=True) as watch:
         _forward(model, batch)
     return watch, found
-
-
-def _find_shared(
-    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None, sketch: Sketch | None
-) -> None:
-    """See with one example which modules read the same input, and draw the probes of what they read."""
-    watch, _ = _trial(model, _without_padding(batch)[0], sums, masks, only)
-    sums.aliases = watch.aliases()
-    for leader, width in watch.widths.items() if sketch is not None else ():
-        if sketch is not None and leader not in sums.aliases:
-            members = [leader, *(name for name, other in sums.aliases.items() if other == leader)]
-            sums.probes[f"{leader}.input"] = sketch.probes(members, width)
-    for module, width in watch.out_widths.items() if sketch is not None else ():
-        if sketch is not None:
-            sums.probes[f"{module}.output"] = Sketch(sketch.rank, {}, sketch.seed).probes([f"{module}.output"], width)
 
 
 def _mixes_examples(

@@ -178,7 +178,8 @@ class Statistics:
         tensors: dict[str, Tensor] = {}
         for key in self.keys():
             tensors |= encode(key, self.tensor(key), STORAGE[storage])
-        self.path = write(tensors, Path(path), {METADATA_KEY: json.dumps(content)}, max_shard_bytes)
+        metadata = {METADATA_KEY: json.dumps(content, sort_keys=True)}
+        self.path = write(tensors, Path(path), metadata, max_shard_bytes)
         return self.path
 
     @property

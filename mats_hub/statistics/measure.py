@@ -10,16 +10,19 @@ from torch import Tensor
 
 from mats_hub.adapter import Ia3Adapter, LoraAdapter
 from mats_hub.architecture import stored_experts
+from mats_hub.checkpoint import parse_size
 from mats_hub.device import choose_device
-from mats_hub.errors import RecipeError, unknown
+from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.expert import Expert
-from mats_hub.loading import load_adapted, load_expert
+from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
-from mats_hub.statistics.collect import collect
+from mats_hub.statistics.accumulate import Sums
+from mats_hub.statistics.collect import NO_EXAMPLE, collect, survey
 from mats_hub.statistics.file import Provenance, Statistics
-from mats_hub.statistics.parallel import join, local_device, total
+from mats_hub.statistics.parallel import join, local_device, total, wait
+from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
 from mats_hub.statistics.watch import transposed_modules
@@ -53,6 +56,8 @@ def compute_statistics(
     dtype: str = "float32",
     storage: str = "float32",
     device: str = "auto",
+    device_map: str | None = None,
+    memory: str | int | None = None,
     output: str | Path | None = None,
     token: str | None = None,
     progress: Progress | None = None,
@@ -60,6 +65,8 @@ def compute_statistics(
     """Measure what curvatures are made from: one pass over a task's data with the task's expert.
 
     Under ``torchrun`` or ``accelerate launch`` the batches are shared out over the processes, and the first writes the file.
+    Where the sums do not fit in memory, the data is gone over in several passes. With an `output`, what is done is recorded
+    beside it meanwhile, so that the same call goes on where an interrupted one stopped, to the same bytes.
 
     Args:
         model: the expert, a Hub id or folder. An adapter is measured merged into its base, the vectors of an (IA)³ adapter
@@ -91,6 +98,9 @@ def compute_statistics(
         dtype: what the model runs in; sums are taken in float32.
         storage: dtype that matrices are stored in.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        device_map: how transformers spreads a model that is larger than a device over several (``auto``, …), in place of
+            `device`; one process then.
+        memory: bytes that sums may take, a number or a text such as ``8GB``; what is free otherwise.
         output: where to write the file; nowhere when not given.
         token: Hub token; the one stored on this machine otherwise.
         progress: wraps the iteration over batches (iterable, total, description) to show it.
@@ -118,8 +128,12 @@ def compute_statistics(
     if rank is not None and rank < 1:
         raise RecipeError(f"a sketch of rank {rank} (--rank) holds nothing; ask for 1 or more")
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
-    for choice, value, known in (("choice of modules", modules, MODULES), ("source of labels", labels, LABELS)):
-        if value not in known:
+    for choice, value, known in (
+        ("choice of modules", modules, MODULES),
+        ("source of labels", labels, LABELS),
+        ("device map", device_map, DEVICE_MAPS),
+    ):
+        if value is not None and value not in known:
             raise RecipeError(unknown(choice, value, known))
     base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
     loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
@@ -128,7 +142,8 @@ def compute_statistics(
     process, processes = join()
     place = choose_device(local_device(device))
     load = load_adapted if vectors else load_expert
-    network = load(expert, base_source, dtype, str(place))
+    network = load(expert, base_source, dtype, device_map or str(place))
+    place = next(network.parameters()).device
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
     files = [source, *([base_source] if base_source else [])]
@@ -144,19 +159,40 @@ def compute_statistics(
     )
     if labels == "model":
         data.draw_labels(network, seed, place)
+    room = parse_size(memory) if memory is not None else free_memory(place, processes)
     one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding
     size = 1 if one_by_one else batch_size
-    steps = -(-len(loaded) // (size * processes))
-    batches = (progress or silent)(data.batches(size, place, process, processes), steps, f"statistics of {source.name}")
-    sample = next(data.batches(size, place), None) if processes > 1 else None
+    steps = len(range(process * size, len(loaded), size * processes))
     directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
     sketch = Sketch(rank, directions, seed) if rank else None
-    sums = collect(network, batches, kinds, data.loss, data.masks, only, sketch, sample)
-    sums = total(sums, place) if processes > 1 else sums
-    sums.narrow()
-    dropped = sums.finish_sketches()
-    if not expert.adapter:
-        sums.split_experts(stored_experts(network))
+    sample = next(data.batches(max(size, 2), place), None)
+    if sample is None:
+        raise StatisticsError(NO_EXAMPLE)
+    seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None)
+    passes = divide(costs(network, seen, kinds, only, rank), room) or [[]]
+    weights = (source.fingerprint, base_source and base_source.fingerprint)
+    choices = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
+    settings = map(str, (*weights, loaded._fingerprint, *choices, processes, passes, __version__))
+    record = Record(Path(output) if output else None, settings, process)
+    sums, dropped = Sums(), 0.0
+    for number, names in enumerate(map(set, passes)):
+        part, done = record.load(number) or (seen.start(names, sketch, "kfac" in kinds) if seen else Sums(), 0)
+        name = f"statistics of {source.name}" + (f", pass {number + 1} of {len(passes)}" if len(passes) > 1 else "")
+        batches = data.batches(size, place, process + done * processes, processes)
+
+        def after(part: Sums, number: int = number) -> None:
+            record.save(number, part, (data.last_batch - process) // processes + 1)
+
+        shown = (progress or silent)(batches, steps - done, name)
+        part = collect(network, shown, kinds, data.loss, data.masks, names, sketch, seen, part, after)
+        if len(passes) > 1:
+            record.save(number, part, steps, now=True)
+        part = total(part, place) if processes > 1 else part
+        part.narrow()
+        dropped = max(dropped, part.finish_sketches())
+        if not expert.adapter:
+            part.split_experts(stored_experts(network))
+        sums = sums.joined(part)
     if vectors:
         sums.tensors = {_own_name(key): value for key, value in sums.tensors.items()}
     provenance = Provenance(
@@ -183,6 +219,8 @@ def compute_statistics(
     statistics = Statistics(provenance, sums)
     if output is not None and process == 0:
         statistics.save(output, storage)
+    wait()
+    record.clear()
     return statistics
 
 

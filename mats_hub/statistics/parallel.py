@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -17,6 +18,7 @@ def join() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)  # a process that ends with open connections may be aborted
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -24,6 +26,12 @@ def local_device(name: str) -> str:
     """Return the device of this process where ``auto`` was asked for and several share a machine's GPUs."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
+
+
+def wait() -> None:
+    """Wait for the other processes, so that what the first has written is there when any returns."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def total(sums: Sums, device: torch.device) -> Sums:

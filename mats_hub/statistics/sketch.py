@@ -33,7 +33,7 @@ class Sketch:
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         drawn = torch.randn(width, wanted, generator=generator)
         columns = torch.cat([*(block.T for block in rows), drawn], 1)[:, : max(wanted, 1)]
-        return torch.linalg.qr(columns.double())[0].float()
+        return torch.linalg.qr(columns.double())[0].float().contiguous()
 
 
 def nystrom(product: Tensor, probes: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from torch import Tensor
 from mats_hub.checkpoint import TORCH_DTYPES, shard_layout, shard_names
 from mats_hub.errors import CheckpointError, StatisticsError
 from mats_hub.source import TensorHeader, give_usual_mode, read_header
+from mats_hub.statistics.accumulate import Sums
 
 INDEX_ENDING = ".index.json"
 SCALE = ".scale"
 """Ending of the tensor that a narrow one is multiplied by."""
+
+TENSORS = ("tensors", "probes")
+"""The fields of `Sums` that hold tensors."""
 
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -142,3 +147,32 @@ def unpacked(triangle: Tensor) -> Tensor:
 def side(entries: int) -> int:
     """Return n of a triangle with n (n + 1) / 2 entries."""
     return (math.isqrt(8 * entries + 1) - 1) // 2
+
+
+def write_sums(sums: Sums, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write sums as they are, exactly, to be added to later; the file appears complete or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {name: value for name, value in vars(sums).items() if name not in TENSORS}
+    tensors = {f"{kind}:{key}": t.contiguous() for kind in TENSORS for key, t in getattr(sums, kind).items()}
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial, metadata={"sums": json.dumps({"content": content, "metadata": dict(metadata)})})
+    os.replace(partial, path)
+
+
+def read_sums(path: Path) -> tuple[Sums, dict[str, Any]] | None:
+    """Return sums that were written and their metadata, or None where there is no such file, or a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads(file.metadata()["sums"])
+            tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
+            for name in file.keys():  # noqa: SIM118
+                kind, _, key = name.partition(":")
+                tensors[kind][key] = file.get_tensor(name)
+        uses = {name: [(kind, module) for kind, module in uses] for name, uses in found["content"].pop("uses").items()}
+        return Sums(**{**found["content"], **tensors, "uses": uses}), found["metadata"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None

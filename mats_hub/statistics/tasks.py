@@ -65,6 +65,7 @@ class TaskData:
         processor: for images.
         max_length: tokens after which a text is cut.
         drawn: row → labels drawn from the model's predictions, in place of the data's.
+        last_batch: number of the batch that was handed out last.
 
     """
 
@@ -76,6 +77,7 @@ class TaskData:
     processor: Any = None
     max_length: int | None = None
     drawn: dict[int, Any] = field(default_factory=dict)
+    last_batch: int = -1
 
     def batches(
         self, size: int, device: torch.device | str = "cpu", first: int = 0, step: int = 1
@@ -86,6 +88,7 @@ class TaskData:
         Texts without a single token (the empty lines of a language-model corpus) are left out.
         """
         for start in range(first * size, len(self.dataset), step * size):
+            self.last_batch = start // size
             indices = range(start, min(start + size, len(self.dataset)))
             features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
             if features:

@@ -142,11 +142,7 @@ class Watch(TorchFunctionMode):
             self._use(names["weight"], kind, name)
             if "bias" in names:
                 self._use(names["bias"], "bias", name)
-            # The last distinct input is kept alive, so its address cannot be taken by another tensor meanwhile.
-            last, leader = self._last
-            if kind != "linear" or last is None or not _same_tensor(last, x):
-                leader = name
-                self._last = (x, name)
+            leader = self._leader(x, name) if kind == "linear" else name
             self._add_input(name, leader, rows)
             if self._gradients and not x.requires_grad:
                 return (x.detach().requires_grad_(), *inputs[1:]), {} if not inputs else named
@@ -158,10 +154,26 @@ class Watch(TorchFunctionMode):
             else:
                 output.register_hook(lambda g: self._sums.add_outputs(name, gradients_of(g)))
 
-        if self._wanted(*names.values()):
+        if not self._wanted(*names.values()):
+            if kind == "linear":
+                self._handles.append(module.register_forward_pre_hook(self._pass_by, with_kwargs=True))
+        else:
             self._handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True))
             if (self._gradients or self._trial) and not wide:
                 self._handles.append(module.register_forward_hook(on_output))
+
+    def _leader(self, x: Tensor, name: str) -> str:
+        """Return the first watched module that read this input, the last distinct one; it is `name` itself if none did."""
+        # That input is kept alive, so its address cannot be taken by another tensor meanwhile.
+        last, leader = self._last
+        if last is None or not _same_tensor(last, x) or not leader:
+            self._last = (x, name)
+            return name
+        return leader
+
+    def _pass_by(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Notice what a module reads that is not watched, so that who shares an input does not depend on who is watched."""
+        self._leader(inputs[0] if inputs else next(iter(named.values())), "")
 
     def _hook(self, name: str, module: nn.Module, own: dict[str, nn.Parameter], hook: Any) -> None:
         if self._wanted(*(self._names[id(p)] for p in own.values())):
