@@ -1239,9 +1239,10 @@ def test_several_passes_give_what_one_gives(tmp_path: Path, family: str, options
     assert told[1:] == [f"statistics of expert, pass {i + 1} of {count}" for i in range(count)]
     one, several = (Statistics.load(tmp_path / f"{name}.safetensors") for name in ("one", "several"))
     if family == "t5":  # torch chooses another attention kernel where the position bias needs no gradient
-        assert one.provenance == several.provenance
         for key in one.keys():  # noqa: SIM118
-            assert_close(several.tensor(key), one.tensor(key), key, floor=1e-3)
+            pair = [found.tensor(key) for found in (several, one)]
+            pair = [value @ value.T for value in pair] if key.endswith("_factor") else pair
+            assert_close(*pair, key, rtol=1e-3, floor=1e-3)
     else:
         assert one.path.read_bytes() == several.path.read_bytes()
 
