@@ -26,12 +26,14 @@ EXPERT_OPTIONS = ("name", "weight", "statistics")
 """Fields of an expert that the command line takes as one value per expert, in their order."""
 
 DATA_OPTIONS: dict[str, str] = {
-    "dataset": "Hub id 'owner/name[@revision]', or a JSONL, CSV or Parquet file",
+    "dataset": "Hub id 'owner/name[@revision]', or a JSONL, CSV or Parquet file; a causal language model can do without, and is "
+    "measured on text that it generates itself",
     "config": "the data set's configuration",
     "split": "the data set's split",
     "label": "label column; inferred from usual names otherwise",
     "image": "image column",
     "target": "target text column",
+    "audio": "column of sounds",
     "messages": "column of conversations, put through the chat template; only the assistant's tokens count",
     "labels": "data (empirical Fisher) or model (true Fisher: drawn from its predictions)",
     "task": "the kind of task, when the model's class does not tell",
@@ -136,7 +138,7 @@ def _add_statistics(commands: Any) -> None:
     statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
     for name, text in DATA_OPTIONS.items():
         default = {"default": "data"} if name == "labels" else {}
-        statistics.add_argument(f"--{name}", help=text, required=name == "dataset", **default)
+        statistics.add_argument(f"--{name}", help=text, **default)
     statistics.add_argument("--base", help="an adapter's base, when it is not the one it names")
     statistics.add_argument("--examples", type=int, default=1000, help="at most so many (default: %(default)s)")
     statistics.add_argument(

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 import transformers
+from test_loading import tiny_whisper
 
 import mats_hub
 from mats_hub.errors import StatisticsError
@@ -187,3 +188,142 @@ def test_a_template_that_changes_earlier_turns_is_refused(chat, tmp_path):
     data.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(StatisticsError, match="changes earlier turns"):
         next(data.batches(1))
+
+
+# --- images among classes, speech, text that a model generates itself
+
+
+def save_clip(folder: Path) -> Any:
+    width = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    config = transformers.CLIPConfig(
+        text_config=width | {"vocab_size": 36, "max_position_embeddings": 32, "eos_token_id": 5, "bos_token_id": 4},
+        vision_config=width | {"image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    with models.seeded(3):
+        model = transformers.CLIPModel(config).eval()
+    side = {"height": 8, "width": 8}
+    for part in (
+        model,
+        models.tiny_tokenizer("t5"),
+        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=side),
+    ):
+        part.save_pretrained(folder)
+    return model
+
+
+CLASSES = ["bright_film", "slow song", "the very cold plot"]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    model = save_clip(tmp_path / "clip")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = {"image": models.tiny_images(5), "label": [0, 2, 1, 1, 0]}
+    return tmp_path / "clip", model, datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_an_image_is_told_from_the_classes_names(clip):
+    folder, model, rows = clip
+    found = mats_hub.compute_statistics(folder, dataset=rows, kind=["kfac", "fisher"], batch_size=3, device="cpu")
+    assert found.provenance.task == "zero-shot-image-classification"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    phrases = ["a photo of a bright film", "a photo of a slow song", "a photo of a the very cold plot"]
+    texts = tokenizer(phrases, padding=True, return_tensors="pt")
+    layers = ("visual_projection.weight", "text_projection.weight", "text_model.encoder.layers.1.mlp.fc1.weight")
+    total, right = dict.fromkeys(layers, 0), 0
+    for row in rows:
+        pixels = processor(row["image"], return_tensors="pt")["pixel_values"]
+        logits = model(pixel_values=pixels, **texts).logits_per_image
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([row["label"]]))
+        parameters = [model.get_parameter(name) for name in layers]
+        for name, gradient in zip(layers, torch.autograd.grad(loss, parameters), strict=True):
+            total[name] = total[name] + gradient.square()
+        right += int(logits.argmax() == row["label"])
+    for name, value in total.items():
+        torch.testing.assert_close(found.tensor(f"{name}.fisher"), value, rtol=1e-3, atol=1e-6 * float(value.max()))
+    assert found.tokens["text_model.encoder.layers.1.mlp.fc1"] == 5 * int(texts["attention_mask"].sum())
+    assert found.tokens["vision_model.encoder.layers.1.mlp.fc1"] == 5 * (4 + 1)
+    singly = mats_hub.compute_statistics(folder, dataset=rows, batch_size=1, device="cpu")
+    for key in singly.keys():  # noqa: SIM118
+        value = singly.tensor(key)
+        torch.testing.assert_close(found.tensor(key), value, rtol=1e-3, atol=1e-6 * float(value.abs().max()))
+    assert mats_hub.evaluate(folder, dataset=rows) == right / 5
+
+
+def test_an_image_of_no_known_class_is_refused(clip):
+    folder, _, rows = clip
+    strings = datasets.Dataset.from_dict({"image": models.tiny_images(2), "label": ["film", "song"]})
+    assert mats_hub.compute_statistics(folder, dataset=strings, device="cpu").provenance.examples == 2
+    with pytest.raises(StatisticsError, match="names; name the label column"):
+        mats_hub.compute_statistics(folder, dataset=rows.remove_columns("label"), kind="gram", device="cpu")
+
+
+@pytest.fixture
+def whisper(tmp_path):
+    folder = tmp_path / "whisper"
+    with models.seeded(3):
+        model = tiny_whisper().eval()
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=8, sampling_rate=160000, hop_length=1000, chunk_length=1
+    )
+    for part in (model, models.tiny_tokenizer("t5"), extractor):
+        part.save_pretrained(folder)
+    return folder, model, extractor
+
+
+def test_speech_is_measured_on_its_transcript(whisper):
+    folder, model, extractor = whisper
+    generator = torch.Generator().manual_seed(4)
+    sounds = [torch.randn(9000 + 1000 * i, generator=generator).tolist() for i in range(4)]
+    rows = datasets.Dataset.from_dict({"audio": sounds, "sentence": TEXTS[:4]})
+    found = mats_hub.compute_statistics(folder, dataset=rows, kind=["kfac", "fisher"], batch_size=3, device="cpu")
+    assert found.provenance.task == "speech-recognition"
+    assert found.provenance.columns == {"target": "sentence", "audio": "audio"}
+    name = "model.decoder.layers.0.fc1.weight"
+    tokenizer, total, tokens = models.tiny_tokenizer("t5"), 0, 0
+    for sound, text in zip(sounds, TEXTS, strict=False):
+        features = extractor(sound, sampling_rate=16000, return_tensors="pt")["input_features"]
+        labels = tokenizer(text, return_tensors="pt")["input_ids"]
+        loss = model(input_features=features, labels=labels).loss
+        total = total + torch.autograd.grad(loss, model.get_parameter(name))[0].square()
+        tokens += labels.numel()
+    torch.testing.assert_close(found.tensor(f"{name}.fisher"), total, rtol=1e-3, atol=1e-6 * float(total.max()))
+    assert found.tokens["model.decoder.layers.0.fc1"] == tokens
+    other = datasets.Dataset.from_dict({"audio": [{"array": sounds[0], "sampling_rate": 44100}], "sentence": TEXTS[:1]})
+    with pytest.raises(StatisticsError, match=r"44100 samples a second.*sampling_rate=16000"):
+        mats_hub.compute_statistics(folder, dataset=other, device="cpu")
+
+
+def test_a_language_model_is_measured_on_text_that_it_generates(tmp_path):
+    model = models.tiny_gpt2(tmp_path / "gpt2", seed=1)
+    options = {"examples": 20, "max_length": 9, "kind": "gram", "device": "cpu"}
+    found, again = (mats_hub.compute_statistics(tmp_path / "gpt2", **options) for _ in range(2))
+    assert found.provenance.dataset == "text that the model generated itself"
+    assert found.provenance.task == "generated"
+    assert found.provenance.examples == 20
+    assert 20 * 2 <= found.provenance.tokens <= 20 * 9
+    other = mats_hub.compute_statistics(tmp_path / "gpt2", **options, seed=1)
+    counts = found.tensor("transformer.wte.input_counts")
+    assert torch.equal(counts, again.tensor("transformer.wte.input_counts"))
+    assert not torch.equal(counts, other.tensor("transformer.wte.input_counts"))
+    # One at a time from the model's own predictions, many texts have the tokens' frequencies that it expects.
+    many = mats_hub.compute_statistics(tmp_path / "gpt2", **options | {"examples": 600, "max_length": 2})
+    seen = many.tensor("transformer.wte.input_counts")
+    first = int(seen.argmax())
+    assert seen.sum() == 1200
+    assert seen[first] >= 600
+    with torch.no_grad():
+        expected = model(torch.tensor([[first]])).logits[0, -1].softmax(-1) * 600
+    seen[first] -= 600
+    assert float(((seen - expected).square() / expected).sum()) < 36 + 5 * (2 * 36) ** 0.5
+    models.tiny_bert_classifier(tmp_path / "bert")
+    with pytest.raises(StatisticsError, match=r"BertForSequenceClassification generates no text.*--dataset"):
+        mats_hub.compute_statistics(tmp_path / "bert", device="cpu")

@@ -21,6 +21,7 @@ IGNORED = -100
 NO_EXAMPLE = "there is no example to measure statistics on"
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+ForwardFunction = Callable[[nn.Module, Batch], Any]
 MaskFunction = Callable[[Batch], list[Tensor]]
 
 
@@ -71,14 +72,15 @@ def survey(
     masks: MaskFunction = lambda batch: [],
     only: Collection[str] | None = None,
     singly: bool | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Survey:
     """See with one example of a batch what a model does with its parameters, and with all whether it mixes examples."""
     with measuring(model):
         found = Sums()
-        watch, trial = _trial(model, _without_padding(batch)[0], found, masks, only)
+        watch, trial = _trial(model, _without_padding(batch)[0], found, masks, only, forward)
         found.uses = trial.uses
         if singly is None and _batch_size(batch) > 1:
-            singly = _mixes_examples(model, batch, found, masks, only)
+            singly = _mixes_examples(model, batch, found, masks, only, forward)
     return Survey(watch.aliases(), watch.widths, watch.out_widths, found, singly)
 
 
@@ -93,6 +95,7 @@ def collect(
     seen: Survey | None = None,
     sums: Sums | None = None,
     after: Callable[[Sums], None] = lambda sums: None,
+    forward: ForwardFunction | None = None,
 ) -> Sums:
     """Return the sums behind curvatures of the given kinds.
 
@@ -108,6 +111,7 @@ def collect(
         seen: how the model treats its inputs; told by the first batch, and the first of several examples, otherwise.
         sums: what to add to, of batches before these; nothing otherwise.
         after: called with the sums after every batch.
+        forward: how the model is called where no gradients are wanted, if not with the batch alone.
 
     Raises:
         NumericalError: a non-finite activation or gradient, naming the module.
@@ -118,12 +122,12 @@ def collect(
     with measuring(model):
         for batch in batches:
             if grams and (seen is None or (seen.singly is None and _batch_size(batch) > 1)):
-                seen = survey(model, batch, masks, only)
+                seen = survey(model, batch, masks, only, forward=forward)
             if sums is None:
                 sums = seen.start(only, sketch, gradients) if seen else Sums()
             if grams:
                 for part in _without_padding(batch) if seen and seen.singly else [batch]:
-                    _add_grams(model, part, sums, gradients, loss, masks, only)
+                    _add_grams(model, part, sums, gradients, loss, masks, only, forward)
             if "fisher" in kinds or "block_fisher" in kinds:
                 _add_fisher(model, batch, sums, kinds, loss, only)
             sums.examples += _batch_size(batch)
@@ -190,6 +194,7 @@ def _add_grams(
     loss: LossFunction,
     masks: MaskFunction,
     only: Collection[str] | None,
+    forward: ForwardFunction | None,
 ) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -197,7 +202,7 @@ def _add_grams(
         if gradients:
             value = loss(model, batch)
         else:
-            _forward(model, batch)
+            (forward or _forward)(model, batch)
     if gradients and value.requires_grad:  # not so where nothing that is measured was reached
         value.backward()
 
@@ -207,17 +212,27 @@ def _forward(model: nn.Module, batch: Batch) -> None:
 
 
 def _trial(
-    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None
+    model: nn.Module,
+    batch: Batch,
+    sums: Sums,
+    masks: MaskFunction,
+    only: Collection[str] | None,
+    forward: ForwardFunction | None,
 ) -> tuple[Watch, Sums]:
     """Run a batch without adding to any sums; what is found of its embeddings and axes is kept in `sums`."""
     found = Sums(per_token=sums.per_token, token_axis=sums.token_axis)
     with torch.no_grad(), Watch(model, found, False, masks(batch), _batch_size(batch), only, trial=True) as watch:
-        _forward(model, batch)
+        (forward or _forward)(model, batch)
     return watch, found
 
 
 def _mixes_examples(
-    model: nn.Module, batch: Batch, sums: Sums, masks: MaskFunction, only: Collection[str] | None
+    model: nn.Module,
+    batch: Batch,
+    sums: Sums,
+    masks: MaskFunction,
+    only: Collection[str] | None,
+    forward: ForwardFunction | None,
 ) -> bool:
     """Tell whether a batch has to be taken apart, its examples one by one and without padding.
 
@@ -228,9 +243,9 @@ def _mixes_examples(
         return True
     apart: dict[str, int] = {}
     for example in _without_padding(batch):
-        tokens = _trial(model, example, sums, masks, only)[1].tokens
+        tokens = _trial(model, example, sums, masks, only, forward)[1].tokens
         apart = {name: apart.get(name, 0) + tokens.get(name, 0) for name in {**apart, **tokens}}
-    return _trial(model, batch, sums, masks, only)[1].tokens != apart
+    return _trial(model, batch, sums, masks, only, forward)[1].tokens != apart
 
 
 def _needs_labels(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.parallel import join, local_device, total, wait
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
-from mats_hub.statistics.tasks import Columns, load_dataset, open_task
+from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, Columns, generate, load_dataset, open_task
 from mats_hub.statistics.watch import transposed_modules
 
 MODULES = ("touched", "all")
@@ -34,7 +34,7 @@ LABELS = ("data", "model")
 def compute_statistics(
     model: str | Path,
     *,
-    dataset: Any,
+    dataset: Any = None,
     kind: str | Sequence[str] | None = None,
     modules: str = "touched",
     for_adapter: bool = False,
@@ -46,6 +46,7 @@ def compute_statistics(
     image: str | None = None,
     target: str | None = None,
     messages: str | None = None,
+    audio: str | None = None,
     labels: str = "data",
     task: str | None = None,
     base: str | None = None,
@@ -71,7 +72,8 @@ def compute_statistics(
     Args:
         model: the expert, a Hub id or folder. An adapter is measured merged into its base, the vectors of an (IA)³ adapter
             as they stand beside it.
-        dataset: Hub id ``owner/name[@revision]``, JSONL/CSV/Parquet file, or a `datasets.Dataset`.
+        dataset: Hub id ``owner/name[@revision]``, JSONL/CSV/Parquet file, or a `datasets.Dataset`. A causal language model can
+            do without: it is measured on text that it generates itself, `examples` times up to `max_length` tokens (128).
         kind: any of ``gram``, ``kfac`` (which holds ``gram``), ``fisher``, ``block_fisher`` (of vectors). When not given,
             ``kfac``, and for an (IA)³ adapter ``block_fisher``.
         modules: of an adapter, ``touched`` measures only what it changes, ``all`` the whole model (which is needed where the
@@ -86,6 +88,7 @@ def compute_statistics(
         label: label column.
         image: image column.
         target: target text column.
+        audio: column of sounds, as `datasets.Audio` decodes them or as lists of samples.
         messages: column of conversations (lists of role and content), put through the tokenizer's chat template; only the
             assistant's tokens count in the loss.
         labels: ``data`` (empirical Fisher) or ``model`` (true Fisher: drawn from the model's own predictions).
@@ -136,17 +139,24 @@ def compute_statistics(
         if value is not None and value not in known:
             raise RecipeError(unknown(choice, value, known))
     base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
-    loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
-    if len(loaded) > examples:
-        loaded = loaded.shuffle(seed=seed).select(range(examples))
     process, processes = join()
     place = choose_device(local_device(device))
     load = load_adapted if vectors else load_expert
     network = load(expert, base_source, dtype, device_map or str(place))
     place = next(network.parameters()).device
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
+    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
     files = [source, *([base_source] if base_source else [])]
+    if dataset is None:
+        loaded, dataset_name, commit = (
+            generate(network, files, examples, max_length or 128, seed, place),
+            GENERATED,
+            None,
+        )
+        task = GENERATED_TASK
+    else:
+        loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
+        loaded = loaded.shuffle(seed=seed).select(range(examples)) if len(loaded) > examples else loaded
     data = open_task(
         type(network.get_base_model() if vectors else network).__name__,
         network.config,
@@ -168,7 +178,8 @@ def compute_statistics(
     sample = next(data.batches(max(size, 2), place), None)
     if sample is None:
         raise StatisticsError(NO_EXAMPLE)
-    seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None)
+    forward = data.forward if data.classes else None
+    seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None, forward)
     passes = divide(costs(network, seen, kinds, only, rank), room) or [[]]
     weights = (source.fingerprint, base_source and base_source.fingerprint)
     choices = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
@@ -184,7 +195,7 @@ def compute_statistics(
             record.save(number, part, (data.last_batch - process) // processes + 1)
 
         shown = (progress or silent)(batches, steps - done, name)
-        part = collect(network, shown, kinds, data.loss, data.masks, names, sketch, seen, part, after)
+        part = collect(network, shown, kinds, data.loss, data.masks, names, sketch, seen, part, after, forward)
         if len(passes) > 1:
             record.save(number, part, steps, now=True)
         part = total(part, place) if processes > 1 else part

@@ -16,6 +16,13 @@ from mats_hub.errors import SourceError, StatisticsError, unknown
 from mats_hub.source import Source, hub_api, hub_errors
 from mats_hub.statistics.collect import IGNORED
 
+GENERATED = "text that the model generated itself"
+GENERATED_TASK = "generated"
+GENERATED_AT_ONCE = 16
+
+PHRASE = "a photo of a {}"
+"""How a class's name is put in words for a model of images and texts (Radford et al. 2021, section 3.1.4)."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -26,6 +33,7 @@ class Columns:
     image: str | None = None
     target: str | None = None
     messages: str | None = None
+    audio: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the roles that are taken."""
@@ -42,6 +50,8 @@ class Task:
         roles: the columns it needs.
         encode: (task data, example) → features of one example.
         per_token: whether the loss of an example is a mean over its tokens, so that a batch's is computed from logits.
+        mapping: transformers' table of the classes that do it, where their names do not tell.
+        processor: the class that reads images or sounds, and the file it comes from.
 
     """
 
@@ -50,6 +60,8 @@ class Task:
     roles: tuple[str, ...]
     encode: Callable[[TaskData, dict[str, Any]], dict[str, Any]]
     per_token: bool = False
+    mapping: str = ""
+    processor: tuple[str, str] | None = None
 
 
 @dataclass
@@ -62,10 +74,11 @@ class TaskData:
         columns: the columns they are read from.
         config: the model's config.
         tokenizer: for text.
-        processor: for images.
+        processor: for images and sounds.
         max_length: tokens after which a text is cut.
         drawn: row → labels drawn from the model's predictions, in place of the data's.
         last_batch: number of the batch that was handed out last.
+        classes: inputs that go with every example: the names of the classes that an image is told from.
 
     """
 
@@ -78,6 +91,7 @@ class TaskData:
     max_length: int | None = None
     drawn: dict[int, Any] = field(default_factory=dict)
     last_batch: int = -1
+    classes: dict[str, Tensor] = field(default_factory=dict)
 
     def batches(
         self, size: int, device: torch.device | str = "cpu", first: int = 0, step: int = 1
@@ -93,6 +107,26 @@ class TaskData:
             features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
             if features:
                 yield {key: value.to(device) for key, value in self._padded(features).items()}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes that an image is told from: the label column's, or the different labels in it."""
+        column = self.columns.label
+        if column is None:
+            return []
+        feature = self.dataset.features[column]
+        return list(getattr(feature, "names", None) or sorted({str(value) for value in self.dataset[column]}))
+
+    def name_classes(self) -> None:
+        """Put every class's name in words, in `PHRASE`, as inputs that go with every example."""
+        if not self.class_names:
+            raise StatisticsError(
+                "an image is told from the classes by their names; name the label column with --label"
+            )
+        phrases = [PHRASE.format(name.replace("_", " ")) for name in self.class_names]
+        self.classes = dict(
+            self.tokenizer(phrases, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        )
 
     def _features(self, index: int) -> dict[str, Any]:
         features = self.task.encode(self, self.dataset[index])
@@ -111,7 +145,7 @@ class TaskData:
             if features.get("input_ids") == []:
                 continue
             batch = {key: value.to(device) for key, value in self._padded([features]).items()}
-            logits = model(**batch).logits[0].float().cpu()
+            logits = self.logits(model, batch)[0].float().cpu()
             digest = hashlib.sha256(f"{seed}\0{index}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             self.drawn[index] = self._draw(logits, features.get("labels"), generator)
@@ -122,10 +156,10 @@ class TaskData:
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
             moved = [IGNORED] * shift + tokens
             return [IGNORED if old == IGNORED else new for old, new in zip(labels, moved, strict=False)]
-        if _is_regression(self.config):
+        if self._is_regression:
             drawn = logits + torch.randn(logits.shape, generator=generator)
             return float(drawn) if len(drawn) == 1 else drawn.tolist()
-        if self.config.problem_type == "multi_label_classification":
+        if not self.classes and self.config.problem_type == "multi_label_classification":
             return torch.bernoulli(logits.sigmoid(), generator=generator).tolist()
         return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
@@ -160,15 +194,29 @@ class TaskData:
     def masks(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
         masks = []
-        if "attention_mask" in batch:
-            masks.append(batch["attention_mask"].bool())
+        masked = {**batch, **self.classes}
+        if "attention_mask" in masked:
+            masks.append(masked["attention_mask"].bool())
         if self.task.per_token and self.config.is_encoder_decoder and "labels" in batch:
             masks.append(batch["labels"] != IGNORED)
         return masks
 
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """Return the model's outputs for a batch."""
+        classes = {key: value.to(next(iter(batch.values())).device) for key, value in self.classes.items()}
+        left_out = ("labels",) if classes else ()
+        return model(**{key: value for key, value in batch.items() if key not in left_out}, **classes)
+
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the model's logits for a batch, ``[batch, (tokens,) labels]``."""
+        output = self.forward(model, batch)
+        return output.logits_per_image if self.classes else output.logits
+
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the sum over the batch's examples of the model's own loss on each example alone."""
-        output = model(**batch)
+        if self.classes:  # of an image among the classes; the model's own loss is of pairs in a batch
+            return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["labels"], reduction="sum")
+        output = self.forward(model, batch)
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])
         logits, labels = self._shifted(output.logits, batch["labels"])
@@ -185,15 +233,15 @@ class TaskData:
             StatisticsError: the model predicts numbers, not labels.
 
         """
-        if _is_regression(self.config) and not self.task.per_token:
+        if self._is_regression and not self.task.per_token:
             raise StatisticsError(
                 "a regression head predicts numbers, of which there is no accuracy; compare them yourself"
             )
-        several = self.config.problem_type == "multi_label_classification"
+        several = not self.classes and self.config.problem_type == "multi_label_classification"
         model.eval()
         right = count = 0
         for batch in self.batches(batch_size, device):
-            logits, labels = model(**batch).logits, batch["labels"]
+            logits, labels = self.logits(model, batch), batch["labels"]
             if self.task.per_token:
                 logits, labels = self._shifted(logits, labels)
             counted = labels != IGNORED
@@ -201,6 +249,10 @@ class TaskData:
             right += int((predicted == labels)[counted].sum())
             count += int(counted.sum())
         return right / max(count, 1)
+
+    @property
+    def _is_regression(self) -> bool:
+        return not self.classes and _is_regression(self.config)
 
     def _shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
@@ -249,10 +301,48 @@ def _encode_seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     return {**_encode_text(data, row), "labels": list(target["input_ids"])}
 
 
-def _encode_image_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+def _encode_speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sound's features, and as labels the tokens of what is said."""
+    sound = row[data.columns.audio or ""]
+    samples, rate = (sound["array"], sound["sampling_rate"]) if isinstance(sound, dict) else (sound, None)
+    wanted = data.processor.sampling_rate
+    if rate not in (None, wanted):
+        raise StatisticsError(
+            f"column {data.columns.audio!r} has {rate} samples a second, but the model hears {wanted}; cast it with "
+            f"datasets.Audio(sampling_rate={wanted})"
+        )
+    found = data.processor(samples, sampling_rate=wanted, return_tensors="pt")
+    labels = list(data.tokenizer(text_target=row[data.columns.target or ""])["input_ids"])
+    labels = labels[1:] if labels[:1] == [data.config.decoder_start_token_id] else labels  # the model puts it there
+    return {"input_features": found["input_features"][0], "labels": labels[: data.max_length]}
+
+
+def _encode_tokens(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    ids = row["input_ids"]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+
+def _encode_image(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     image = row[data.columns.image or ""]
-    pixels = data.processor(image.convert("RGB") if data.config.num_channels == 3 else image, return_tensors="pt")
-    return {"pixel_values": pixels["pixel_values"][0], **_label(data, row)}
+    channels = getattr(data.config, "vision_config", data.config).num_channels
+    return {
+        "pixel_values": data.processor(image.convert("RGB") if channels == 3 else image, return_tensors="pt")[
+            "pixel_values"
+        ][0]
+    }
+
+
+def _encode_image_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    return {**_encode_image(data, row), **_label(data, row)}
+
+
+def _encode_image_among_classes(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    if data.columns.label is None:
+        return _encode_image(data, row)
+    value, names = row[data.columns.label], data.class_names
+    if value not in names and not (isinstance(value, int) and 0 <= value < len(names)):
+        raise StatisticsError(unknown("class", str(value), names))
+    return {**_encode_image(data, row), "labels": names.index(value) if value in names else value}
 
 
 def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
@@ -296,17 +386,40 @@ def _label_id(data: TaskData, value: Any) -> int:
     return int(value)
 
 
+IMAGES = ("AutoImageProcessor", "preprocessor_config.json")
 TASKS: dict[str, Task] = {
     "text-classification": Task(
         "text-classification", ("ForSequenceClassification",), ("text", "label"), _encode_text_classification
     ),
     "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), _encode_causal_lm, per_token=True),
+    GENERATED_TASK: Task(GENERATED_TASK, (), (), _encode_tokens, per_token=True),
     "chat": Task("chat", (), ("messages",), _encode_chat, per_token=True),
+    "speech-recognition": Task(
+        "speech-recognition",
+        (),
+        ("audio", "target"),
+        _encode_speech,
+        per_token=True,
+        mapping="MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        processor=("AutoFeatureExtractor", "preprocessor_config.json"),
+    ),
     "seq2seq": Task(
         "seq2seq", ("ForConditionalGeneration", "ForSeq2SeqLM"), ("text", "target"), _encode_seq2seq, per_token=True
     ),
     "image-classification": Task(
-        "image-classification", ("ForImageClassification",), ("image", "label"), _encode_image_classification
+        "image-classification",
+        ("ForImageClassification",),
+        ("image", "label"),
+        _encode_image_classification,
+        processor=IMAGES,
+    ),
+    "zero-shot-image-classification": Task(
+        "zero-shot-image-classification",
+        (),
+        ("image", "label"),
+        _encode_image_among_classes,
+        mapping="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        processor=IMAGES,
     ),
 }
 """Every kind of task; a new one is a row here."""
@@ -321,7 +434,8 @@ COLUMN_NAMES = {
     "text": ("text", "sentence", "content", "input", "source"),
     "label": ("label", "labels"),
     "image": ("image", "img"),
-    "target": ("target", "output", "summary", "answer"),
+    "target": ("target", "output", "summary", "answer", "sentence", "transcription"),
+    "audio": ("audio", "speech"),
     "messages": ("messages", "conversations"),
 }
 """Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
@@ -334,8 +448,11 @@ def infer_task(class_name: str) -> Task:
         StatisticsError: no known kind.
 
     """
+    from transformers.models.auto import modeling_auto
+
     for task in TASKS.values():
-        if class_name.endswith(task.suffixes):
+        classes = getattr(modeling_auto, task.mapping).values() if task.mapping else ()
+        if class_name.endswith(task.suffixes) or class_name in classes:
             return task
     raise StatisticsError(
         f"cannot tell the task of a {class_name or 'model without a class'}; name one of: {', '.join(TASKS)}"
@@ -350,7 +467,7 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
 
     """
     present = list(dataset.column_names)
-    for column in (*given.text, given.label, given.image, given.target, given.messages):
+    for column in (*given.text, *(value for role, value in vars(given).items() if role != "text")):
         if column is not None and column not in present:
             raise StatisticsError(unknown("column", column, present))
     chosen: dict[str, Any] = {}
@@ -362,7 +479,8 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
             )
         chosen[role] = value or None
     return Columns(
-        text=tuple(chosen.get("text") or ()), **{r: chosen.get(r) for r in ("label", "image", "target", "messages")}
+        text=tuple(chosen.get("text") or ()),
+        **{role: chosen.get(role) for role in ("label", "image", "target", "messages", "audio")},
     )
 
 
@@ -416,6 +534,42 @@ def load_dataset(
         ) from error
 
 
+@torch.no_grad()
+def generate(
+    model: Any, files: Sequence[Source], count: int, length: int, seed: int, device: torch.device | str
+) -> Any:
+    """Return a data set of texts, as tokens, that a causal language model draws from its own predictions.
+
+    Each begins with the tokenizer's first token and ends where the model ends it, or after `length` tokens.
+
+    Raises:
+        StatisticsError: the model does not generate, or the tokenizer has no token to begin with.
+
+    """
+    import datasets
+
+    if infer_task(type(model).__name__).name != "causal-lm":
+        raise StatisticsError(
+            f"a {type(model).__name__} generates no text to be measured on; name its task's data (dataset, --dataset)"
+        )
+    tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise StatisticsError("the tokenizer has no token to begin a text with; name a data set (dataset, --dataset)")
+    last = tokenizer.eos_token_id
+    texts = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, count, GENERATED_AT_ONCE):
+            begun = torch.full((min(GENERATED_AT_ONCE, count - start), 1), first, device=device)
+            options = {"attention_mask": torch.ones_like(begun), "do_sample": True, "top_k": 0, "pad_token_id": first}
+            drawn = model.generate(begun, max_new_tokens=length - 1, eos_token_id=last, **options)
+            for row in drawn.tolist():
+                end = row.index(last, 1) + 1 if last in row[1:] else len(row)
+                texts.append(row[:end])
+    return datasets.Dataset.from_dict({"input_ids": texts})
+
+
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     import datasets
@@ -463,15 +617,20 @@ def open_task(
         kind = TASKS["chat"]
     chosen = infer_columns(dataset, columns, kind.roles, needs_labels)
     data = TaskData(kind, dataset, chosen, config)
-    if "image" in kind.roles:
-        data.processor = _load_processor(files, "AutoImageProcessor", "preprocessor_config.json")
+    if kind.processor:
+        data.processor = _load_processor(files, *kind.processor)
+    if kind.name == "image-classification":
         return data
     data.tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
-    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    reads = getattr(config, "text_config", config)
+    limits = ("max_position_embeddings", "max_target_positions")
+    positions = next((n for n in (getattr(reads, limit, None) for limit in limits) if n), 10**9)
     # RoBERTa and its kin, whose padding is token 1, count positions from 2 on; for others two are not missed.
-    reserved = 2 if config.pad_token_id == 1 else 0
+    reserved = 2 if getattr(reads, "pad_token_id", None) == 1 else 0
     limit = min(data.tokenizer.model_max_length, positions - reserved)
     data.max_length = max_length or (limit if limit < 10**6 else None)
+    if kind.name == "zero-shot-image-classification":
+        data.name_classes()
     return data
 
 

@@ -180,7 +180,7 @@ class Benchmark:
         test = self.score(best[2], "test")
         ratio = self.mean({task: value / self.alone[task] for task, value in test.items()})
         chosen = ", ".join(
-            f"{key} {value}" for key, value in best[1].items() if len({str(s[key]) for s in settings}) > 1
+            f"{key} {value}" for key, value in best[1].items() if len({str(s.get(key)) for s in settings}) > 1
         )
         print(f"| {name} | {chosen or '–'} | {best[0]:.3f} | {self.mean(test):.3f} | {ratio:.3f} |", flush=True)
 
