@@ -272,7 +272,7 @@ def whisper(tmp_path):
     with models.seeded(3):
         model = tiny_whisper().eval()
     extractor = transformers.WhisperFeatureExtractor(
-        feature_size=8, sampling_rate=160000, hop_length=1000, chunk_length=1
+        feature_size=8, sampling_rate=16000, hop_length=1000, chunk_length=1
     )
     for part in (model, models.tiny_tokenizer("t5"), extractor):
         part.save_pretrained(folder)
