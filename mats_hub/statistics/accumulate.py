@@ -70,7 +70,6 @@ class Sums:
         """Add Σ r rᵀ over the rows of a ``[n, d]`` tensor to the Gram ``[d, d]`` under `key`, or to one of `count` stacked."""
         rows = rows.detach().to(torch.float32)
         gram = rows.T @ rows
-        gram = gram.triu() + gram.triu(1).T  # a product's two halves may differ in the last digit
         if index is None:
             return self.add(key, gram)
         if key not in self.tensors:
@@ -106,8 +105,10 @@ class Sums:
         return Sums(**found, examples=other.examples)
 
     def narrow(self) -> None:
-        """End the summation: every sum in float32 and on the CPU, as it is stored."""
-        self.tensors = {key: value.float().cpu() for key, value in self.tensors.items()}
+        """End the summation: every sum in float32 and on the CPU, as it is stored, and matrices symmetric to the last digit."""
+        for key in list(self.tensors):  # one after the other, so that memory holds no second copy of all
+            value = self.tensors[key].float().cpu()
+            self.tensors[key] = value.triu().add_(value.triu(1).mT) if is_symmetric(key) else value
 
     def split_experts(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
         """Give the matrices of stacked experts sums of their own, under the names they have in a checkpoint.
@@ -151,6 +152,11 @@ class Sums:
             dropped = max(dropped, float(rest.sum() / diagonal.sum().clamp(min=torch.finfo(torch.float32).tiny)))
         self.probes = {}
         return dropped
+
+
+def is_symmetric(key: str) -> bool:
+    """Tell whether the sum of this name is a symmetric matrix, or a stack of them."""
+    return key.endswith((".input_gram", ".output_gram", ".block_fisher"))
 
 
 def _wide(tensor: Tensor) -> Tensor:

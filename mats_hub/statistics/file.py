@@ -21,7 +21,7 @@ from mats_hub.errors import CheckpointError, RecipeError, StatisticsError, Stati
 from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import TensorHeader
-from mats_hub.statistics.accumulate import Sums
+from mats_hub.statistics.accumulate import Sums, is_symmetric
 from mats_hub.statistics.storage import (
     INDEX_ENDING,
     SCALE,
@@ -29,7 +29,6 @@ from mats_hub.statistics.storage import (
     Fetch,
     decode,
     encode,
-    is_symmetric,
     read,
     side,
     write,

@@ -16,7 +16,7 @@ from torch import Tensor
 from mats_hub.checkpoint import TORCH_DTYPES, shard_layout, shard_names
 from mats_hub.errors import CheckpointError, StatisticsError
 from mats_hub.source import TensorHeader, give_usual_mode, read_header
-from mats_hub.statistics.accumulate import Sums
+from mats_hub.statistics.accumulate import Sums, is_symmetric
 
 INDEX_ENDING = ".index.json"
 SCALE = ".scale"
@@ -117,11 +117,6 @@ def read(path: Path, fetch: Fetch) -> tuple[dict[str, TensorHeader], dict[str, s
             raise StatisticsError(f"{path.name!r} names {name!r}, which is no plain file name beside it; not followed")
         headers |= read_header(fetch(name), label)[0]
     return headers, metadata
-
-
-def is_symmetric(key: str) -> bool:
-    """Tell whether the sum of this name is a symmetric matrix, or a stack of them."""
-    return key.endswith((".input_gram", ".output_gram", ".block_fisher"))
 
 
 def packed(matrix: Tensor) -> Tensor:
