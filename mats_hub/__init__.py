@@ -11,6 +11,7 @@ A merge, from floor to floor:
     recipe, plan, merging                  what is asked for, what will happen to every tensor, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
+    browsing, replaying                    what others published: found, traced back, made again
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mats_hub.browsing import browse, lineage
     from mats_hub.errors import MatsError
     from mats_hub.evaluation import evaluate
     from mats_hub.hub import push, push_statistics
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mats_hub.plan import Plan
     from mats_hub.planning import make_plan
     from mats_hub.recipe import Recipe
+    from mats_hub.replaying import replay
     from mats_hub.statistics import Statistics, compute_statistics
 
 _HOMES = {
@@ -38,13 +41,16 @@ _HOMES = {
     "Plan": "plan",
     "Recipe": "recipe",
     "Statistics": "statistics",
+    "browse": "browsing",
     "compute_statistics": "statistics",
     "evaluate": "evaluation",
+    "lineage": "browsing",
     "load": "loading",
     "make_plan": "planning",
     "merge": "merged_model",
     "push": "hub",
     "push_statistics": "hub",
+    "replay": "replaying",
 }
 """Public name → its module; loaded when first used, so that ``import mats_hub`` loads nothing heavy."""
 
@@ -56,13 +62,16 @@ __all__ = [
     "Recipe",
     "Statistics",
     "__version__",
+    "browse",
     "compute_statistics",
     "evaluate",
+    "lineage",
     "load",
     "make_plan",
     "merge",
     "push",
     "push_statistics",
+    "replay",
 ]
 
 

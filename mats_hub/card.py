@@ -20,6 +20,9 @@ from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "model_card_template.md"
+MERGE_TAG = "mats_hub"
+"""Tag, and key of the front matter, by which a repository says that it is a merge of this package."""
+
 MERGED = "merged"
 """The name under which results of the merged model itself are kept."""
 
@@ -71,7 +74,7 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         "pipeline_tag": _pipeline_tag(report),
         "license": licenses,
         "datasets": list(dict.fromkeys(datasets)),
-        "tags": list(dict.fromkeys(["merge", "mats", "mats_hub", report.recipe["method"]])),
+        "tags": list(dict.fromkeys(["merge", "mats", MERGE_TAG, report.recipe["method"]])),
     }
     if report.recipe["output"]["format"] == "adapter":
         base = report.base and report.base["repo_id"]
@@ -79,6 +82,9 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         content["tags"].insert(0, "lora" if _cut_records(report) else "ia3")
     elif not parents:
         del content["base_model_relation"]
+    base, block = report.base and report.base["repo_id"], {"method": report.recipe["method"]}
+    block |= {"base": base} if base else {}
+    content[MERGE_TAG] = block | ({"experts": list(dict.fromkeys(parents))} if parents else {})
     content["model-index"] = _model_index(report, repo_id)
     return {key: value for key, value in content.items() if value}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mats_hub import __version__
 from mats_hub.errors import MatsError
+from mats_hub.hf_extension import program_name
 from mats_hub.methods import METHODS
 from mats_hub.progress import progress_bar
 from mats_hub.recipe import (
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mats-hub",
+        prog=program_name(),
         description="Merge fine-tuned models from the Hugging Face Hub into one that does all their tasks.",
         epilog="Methods:\n" + "\n".join(f"  {name:16}{method.summary}" for name, method in METHODS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,7 +112,32 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make the repository private")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.set_defaults(run=_push)
+    _add_browsing(commands)
+    register = commands.add_parser("register-cli", help="make 'hf mats' run this program, offline")
+    register.set_defaults(run=_register)
     return parser
+
+
+def _add_browsing(commands: Any) -> None:
+    browse = commands.add_parser("browse", help="list merges on the Hub that carry a recipe")
+    browse.add_argument("query", nargs="?", help="words in the id")
+    browse.add_argument("--author", help="user or organization")
+    browse.add_argument("--base", metavar="OWNER/NAME", help="a model they are made from, the base or an expert")
+    browse.add_argument("--limit", type=int, default=20, help="at most so many (default: %(default)s)")
+    browse.set_defaults(run=_browse)
+    show = commands.add_parser("show", help="print a model's card, and what it was made from as a tree")
+    show.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
+    show.add_argument("--lineage", action="store_true", help="the tree alone")
+    show.set_defaults(run=_show)
+    replay = commands.add_parser("replay", help="make a published merge again from its recipe, and compare")
+    replay.add_argument("model", help="the merge: Hub id 'owner/name[@revision]' or a folder")
+    replay.add_argument("--check", action="store_true", help="compare only; exit status 1 when a tensor differs")
+    replay.add_argument("--change", action="append", metavar="NAME=VALUE", help="make a variant with another option")
+    replay.add_argument("--output", help="folder to write; it must not exist or be empty")
+    replay.add_argument("--push", metavar="OWNER/NAME", help="publish the result there")
+    replay.add_argument("--private", action="store_true", help="make the published repository private")
+    replay.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    replay.set_defaults(run=_replay)
 
 
 def _add_statistics(commands: Any) -> None:
@@ -281,6 +307,66 @@ def _push(folder: str, repo_id: str, private: bool, create_pr: bool) -> None:
     from mats_hub.hub import push
 
     print(push(folder, repo_id, private=private, create_pr=create_pr))
+
+
+def _browse(query: str | None, author: str | None, base: str | None, limit: int) -> None:
+    from mats_hub.browsing import browse
+
+    merges = browse(query, author=author, base=base, limit=limit)
+    if not merges:
+        print("no merge of this package was found; look with fewer words, or without --author and --base")
+        return
+    rows = [("model", "method", "experts", "base", "results", "likes", "changed")]
+    for merge in merges:
+        results = f"{merge.mean:.3f} (mean of {len(merge.results)})" if merge.mean is not None else "–"
+        changed = f"{merge.modified:%Y-%m-%d}" if merge.modified else "–"
+        experts, base = ", ".join(merge.experts) or "–", merge.base or "–"
+        rows.append((merge.repo_id, merge.method, experts, base, results, str(merge.likes), changed))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(model: str, lineage: bool) -> None:
+    from mats_hub import browsing
+
+    if not lineage:
+        print(browsing.read_card(model).rstrip() + "\n\nLineage:")
+    print(browsing.lineage(model))
+
+
+def _replay(
+    model: str, check: bool, change: list[str] | None, output: str | None, push: str | None, private: bool, device: str
+) -> int:
+    import yaml
+
+    from mats_hub.errors import RecipeError
+    from mats_hub.replaying import replay
+
+    if check and (change or push or output):
+        raise RecipeError("--check only compares; leave out --change, --output and --push, or leave out --check")
+    if not (check or output or push):
+        raise RecipeError("say what the result is for: --check, --output FOLDER or --push OWNER/NAME")
+    changes = {}
+    for pair in change or ():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--change {pair!r}: write NAME=VALUE, such as --change scale=0.4")
+        changes[name.replace("-", "_")] = yaml.safe_load(value)
+    made = replay(model, output=output, changes=changes or None, device=device, progress=progress_bar)
+    if not changes:
+        print(made)
+    if output:
+        print(f"written: {output}")
+    if push:
+        print(made.merged.push_to_hub(push, private=private))
+    return 1 if check and not made.identical else 0
+
+
+def _register() -> None:
+    from mats_hub.hf_extension import register
+
+    print(f"written: {register()}; 'hf mats --help' works now")
 
 
 if __name__ == "__main__":

@@ -57,11 +57,14 @@ def _statistics_of(plan: Plan, entry: ExpertEntry, expert: Expert, token: str | 
         found, where = find_statistics(expert.source)
         if found and where != expert.source.public_spec:
             plan.notes.append(f"the statistics of expert {expert.name!r} are those in {where}")
+            plan.statistics_at[expert.name] = where
         return found
     path = Path(entry.statistics).expanduser()
     if path.is_file() or path.suffix in (".safetensors", ".json"):
         return Statistics.load(path)
-    found = statistics_in(open_source(entry.statistics, token))
+    source = open_source(entry.statistics, token)
+    found = statistics_in(source)
+    plan.statistics_at[expert.name] = source.public_spec
     if found is None:
         raise StatisticsMismatch(
             f"expert {expert.name!r}: there are no statistics in {entry.statistics!r}; push them there"

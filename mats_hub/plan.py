@@ -76,6 +76,7 @@ class Plan:
         base_weights: the base's weights, where any are read.
         experts: the experts, aligned to the reference.
         statistics: each expert's statistics, or None.
+        statistics_at: expert → the repository, at its commit, that its statistics are in, when that is another one.
         entries: one per tensor of the reference, in file order.
         kept: expert's name → its own tensors that go into its task's head.
         problems: everything that stands in the way; the merge is refused unless it is empty.
@@ -88,6 +89,7 @@ class Plan:
     base_weights: Checkpoint | None = None
     experts: list[Expert] = field(default_factory=list)
     statistics: list[Statistics | None] = field(default_factory=list)
+    statistics_at: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
     problems: list[MatsError] = field(default_factory=list)

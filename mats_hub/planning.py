@@ -323,7 +323,7 @@ def _pinned(plan: Plan) -> Recipe:
         changes = {
             "model": expert.source.public_spec,
             "name": expert.name,
-            "statistics": _public_name(entry.statistics),
+            "statistics": plan.statistics_at.get(expert.name) or _public_name(entry.statistics),
         }
         if not expert.source.repo_id:
             changes["sha256"] = expert.source.fingerprint

@@ -216,7 +216,7 @@ class Recipe(Part):
         """
         entries = [{"model": str(e)} if isinstance(e, str | Path) else dict(e) for e in experts]
         content: dict[str, Any] = {"experts": entries}
-        for part, key in (("initialization", "method"), ("curvature", "kind"), ("solver", "method")):
+        for part, key in PARTS_OF_METHOD.items():
             value = options.pop(part, None)
             if value is not None:
                 content[part] = {key: value} if isinstance(value, str) else _plain(value)
@@ -231,6 +231,28 @@ class Recipe(Part):
             else:
                 content.setdefault(owner, {})[name] = value
         return cls.from_mapping(content)
+
+    def changed(self, **options: Any) -> Recipe:
+        """Return the recipe with other options, named as for `build`; what another method implies is filled in anew.
+
+        Raises:
+            RecipeError: an option is unknown or has a value it cannot have.
+
+        """
+        content = self.model_dump(mode="json", exclude_none=True)
+        if "method" in options and options["method"] != self.method:
+            content = {name: value for name, value in content.items() if name not in PARTS_OF_METHOD}
+        for part, key in PARTS_OF_METHOD.items():
+            if isinstance(options.get(part), str) and options[part] != content.get(part, {}).get(key):
+                content.pop(part, None)
+        experts = content.pop("experts")
+        flat = {name: value for name, value in content.items() if name not in (*PARTS_OF_METHOD, "output")}
+        for part in (*PARTS_OF_METHOD, "output"):
+            values = dict(content.get(part, {}))
+            if part in PARTS_OF_METHOD and PARTS_OF_METHOD[part] in values:
+                flat[part] = values.pop(PARTS_OF_METHOD[part])
+            flat |= values
+        return Recipe.build(experts, **flat | options)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -297,6 +319,9 @@ class Recipe(Part):
         return self.from_mapping({**content, "method": "mats", "curvature": {"kind": kind}})
 
 
+PARTS_OF_METHOD = {"initialization": "method", "curvature": "kind", "solver": "method"}
+"""Part of a recipe that a method implies → the field that names its kind."""
+
 OPTION_OWNERS: dict[str, str] = {
     **{
         name: "initialization"
@@ -322,7 +347,7 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(unknown("method", name, [AUTO, *METHODS]))
     row = METHODS[name]
-    for part, key in (("initialization", "method"), ("curvature", "kind"), ("solver", "method")):
+    for part, key in PARTS_OF_METHOD.items():
         implied, given = getattr(row, part), content.get(part)
         given = {key: given} if isinstance(given, str) else given
         if implied is None:

@@ -66,6 +66,7 @@ class MergeReport:
         files: sha256 of each weight file.
         results: rows of scores: task, metric, model (a method's or an expert's name), value.
         notes: what a careful reader would want to know.
+        parent: the merge that this is a variant of, ``owner/name@commit``.
 
     """
 
@@ -77,6 +78,7 @@ class MergeReport:
     files: dict[str, str] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parent: str | None = None
 
     @property
     def solved(self) -> list[TensorRecord]:

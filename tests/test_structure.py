@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
     ("errors", "methods"),
-    ("recipe", "curvature", "delta", "device", "initialization", "progress", "statistics.sketch"),
+    ("hf_extension", "recipe", "curvature", "delta", "device", "initialization", "progress", "statistics.sketch"),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "checkpoint", "figures"),
     ("adapter", "statistics.accumulate"),
@@ -35,7 +35,7 @@ FLOORS = (
     ("planning", "merging", "evaluation"),
     ("adapter_merging", "card"),
     ("hub", "merged_model"),
-    ("demo",),
+    ("demo", "browsing", "replaying"),
     ("cli",),
     ("__main__",),
 )
