@@ -145,6 +145,7 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._layout = folder, dict(layout)
         self._metadata = {"format": "pt", **metadata}
+        self._stem = stem
         self._shards = shard_layout(self._layout, max_shard_bytes)
         self._files = shard_names(len(self._shards), stem)
         self._pending = [(name, index) for index, shard in enumerate(self._shards) for name in shard]
@@ -213,7 +214,8 @@ class CheckpointWriter:
         total = sum(header.nbytes for header in self._layout.values())
         weight_map = {name: self._files[shard] for name, shard in self._pending}
         index = {"metadata": {"total_size": total, **self._metadata}, "weight_map": weight_map}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        name = f"{self._stem}.safetensors.index.json"
+        (self._folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def shard_layout(layout: Mapping[str, TensorHeader], max_shard_bytes: float) -> list[list[str]]:

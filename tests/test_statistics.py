@@ -533,7 +533,9 @@ def test_file_round_trip(cases: dict[str, Any], tmp_path: Path, family: str) -> 
         transposed=tuple(transposed_modules(case.model)),
         max_length=32,
     )
-    written = Statistics(provenance, case.sums)
+    sums = dataclasses.replace(case.sums, tensors=dict(case.sums.tensors))
+    sums.narrow()
+    written = Statistics(provenance, sums)
     path = written.save(tmp_path / "new" / "folder" / STATISTICS_FILE)
     assert written.path == path
     assert [p.name for p in path.parent.iterdir()] == [STATISTICS_FILE], "nothing partial is left"
@@ -542,13 +544,13 @@ def test_file_round_trip(cases: dict[str, Any], tmp_path: Path, family: str) -> 
     assert dataclasses.replace(read.provenance, columns={}) == dataclasses.replace(provenance, columns={})
     assert read.provenance.columns == provenance.columns
     assert set(read.keys()) == set(case.sums.tensors)
-    for key, value in case.sums.tensors.items():
+    for key, value in sums.tensors.items():
         assert torch.equal(read.tensor(key), value)
         assert read.shape(key) == tuple(value.shape) == written.shape(key)
     assert [read.covers(kind) for kind in ALL] == [written.covers(kind) for kind in ALL]
     again = Statistics.load(read.save(tmp_path / "again.safetensors"))
     assert again.provenance == read.provenance
-    assert all(torch.equal(again.tensor(key), value) for key, value in case.sums.tensors.items())
+    assert all(torch.equal(again.tensor(key), value) for key, value in sums.tensors.items())
 
 
 def test_the_same_statistics_are_the_same_bytes(statistics: Statistics, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -102,6 +103,8 @@ class Sums:
         found = {
             name: {**getattr(self, name), **value} for name, value in vars(other).items() if isinstance(value, dict)
         }
+        if not isinstance(other.tensors, dict):  # on disk, where they stay
+            found["tensors"] = ChainMap(other.tensors, self.tensors)
         return Sums(**found, examples=other.examples)
 
     def narrow(self) -> None:

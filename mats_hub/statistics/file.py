@@ -29,6 +29,7 @@ from mats_hub.statistics.storage import (
     Fetch,
     decode,
     encode,
+    encoded_headers,
     read,
     side,
     write,
@@ -174,11 +175,17 @@ class Statistics:
             "aliases": self.aliases,
             "uses": self.uses,
         }
-        tensors: dict[str, Tensor] = {}
-        for key in self.keys():
-            tensors |= encode(key, self.tensor(key), STORAGE[storage])
+        dtype = STORAGE[storage]
+        headers: dict[str, TensorHeader] = {}
+        for key in sorted(self.keys()):
+            headers |= encoded_headers(key, self.shape(key), dtype)
+
+        def tensor(name: str) -> Tensor:
+            key = name if name in self.keys() else name.removesuffix(SCALE)
+            return encode(key, self.tensor(key), dtype)[name]
+
         metadata = {METADATA_KEY: json.dumps(content, sort_keys=True)}
-        self.path = write(tensors, Path(path), metadata, max_shard_bytes)
+        self.path = write(headers, tensor, Path(path), metadata, max_shard_bytes)
         return self.path
 
     @property

@@ -203,9 +203,9 @@ def compute_statistics(
         dropped = max(dropped, part.finish_sketches())
         if not expert.adapter:
             part.split_experts(stored_experts(network))
-        sums = sums.joined(part)
-    if vectors:
-        sums.tensors = {_own_name(key): value for key, value in sums.tensors.items()}
+        if vectors:
+            part.tensors = {_own_name(key): value for key, value in part.tensors.items()}
+        sums = sums.joined(record.finished(number, part) if len(passes) > 1 else part)
     provenance = Provenance(
         kinds=kinds,
         model=source.public_spec,
@@ -231,6 +231,8 @@ def compute_statistics(
     if output is not None and process == 0:
         statistics.save(output, storage)
     wait()
+    if len(passes) > 1 and output is not None:  # the sums are on disk, where they are removed now
+        statistics = Statistics.load(output) if process == 0 else Statistics(provenance, Sums(examples=sums.examples))
     record.clear()
     return statistics
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.collect import Survey
-from mats_hub.statistics.storage import read_sums, write_sums
+from mats_hub.statistics.storage import StoredTensors, read_sums, write_sums
 from mats_hub.statistics.watch import MAX_FEATURES
 
 BYTES = 8
@@ -131,6 +131,14 @@ class Record:
             write_sums(sums, self._file(number), {"settings": self._digest, "batches": batches})
             self._saved = time.monotonic()
             self._cost = self._saved - started
+
+    def finished(self, number: int, sums: Sums) -> Sums:
+        """Put the finished sums of one of several passes on disk, and return them as they are there."""
+        if self._folder is None:
+            return sums
+        path = self._folder / f"finished-{number}-{self._process}.safetensors"
+        write_sums(sums, path, {})
+        return Sums(**{**vars(sums), "tensors": StoredTensors(path)})
 
     def clear(self) -> None:
         """Remove everything recorded."""

@@ -6,16 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mats_hub.checkpoint import TORCH_DTYPES, shard_layout, shard_names
+from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter
 from mats_hub.errors import CheckpointError, StatisticsError
-from mats_hub.source import TensorHeader, give_usual_mode, read_header
+from mats_hub.source import TensorHeader, read_header
 from mats_hub.statistics.accumulate import Sums, is_symmetric
 
 INDEX_ENDING = ".index.json"
@@ -66,32 +67,50 @@ def decode(key: str, stored: Tensor, scale: Tensor | None, is_packed: bool) -> T
     return value
 
 
-def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], max_shard_bytes: float) -> Path:
-    """Write tensors to a file, or to several with an index beside them; each appears complete or not at all.
+def encoded_headers(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorHeader]:
+    """Return the headers of what `encode` makes of a sum of this shape."""
+    symmetric, narrow = is_symmetric(key), dtype != torch.float32 and len(shape) > 1
+    stored = (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2) if symmetric else shape
+    found = {key: TensorHeader(DTYPE_NAMES[dtype] if narrow else "F32", stored, "")}
+    return found | ({key + SCALE: TensorHeader("F32", shape[:-1] if symmetric else (1,), "")} if narrow else {})
+
+
+def write(
+    headers: Mapping[str, TensorHeader],
+    tensor: Callable[[str], Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    max_shard_bytes: float,
+) -> Path:
+    """Write tensors, one in memory at a time, to a file, or to several with an index beside them.
+
+    Each file appears complete or not at all, the index last.
+
+    Args:
+        headers: what is written.
+        tensor: name → the tensor.
+        path: the file, when it is one.
+        metadata: text for every file.
+        max_shard_bytes: the largest file.
 
     Returns:
         The file, or the index.
 
     """
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    headers = {key: TensorHeader(DTYPE_NAMES[t.dtype], tuple(t.shape), "") for key, t in tensors.items()}
-    shards = shard_layout(headers, max_shard_bytes)
-    names = [path.name] if len(shards) == 1 else list(shard_names(len(shards), path.name.removesuffix(".safetensors")))
-    for name, keys in zip(names, shards, strict=True):
-        partial = path.with_name(f".{name}.partial")
-        # One entry of metadata alone: safetensors writes several in random order.
-        save_file({key: tensors[key] for key in keys}, partial, metadata=dict(metadata))
-        give_usual_mode(partial)
-        os.replace(partial, path.with_name(name))
-    if len(shards) == 1:
-        return path
-    index = path.with_name(path.name + INDEX_ENDING)
-    files = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    index.write_text(json.dumps({"metadata": dict(metadata), "weight_map": files}, indent=2) + "\n", encoding="utf-8")
-    path.unlink(missing_ok=True)
-    return index
+    index = path.name + INDEX_ENDING
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as stage:
+        with CheckpointWriter(
+            Path(stage), headers, max_shard_bytes, metadata, path.name.removesuffix(".safetensors")
+        ) as writer:
+            for name in writer.order:
+                writer.write(name, tensor(name))
+        several = len(writer.files) > 1
+        for name in (*writer.files, index) if several else (writer.files[0],):
+            os.replace(Path(stage) / name, path.with_name(name if several else path.name))
+    if several:
+        path.unlink(missing_ok=True)
+    return path.with_name(index) if several else path
 
 
 def read(path: Path, fetch: Fetch) -> tuple[dict[str, TensorHeader], dict[str, str]]:
@@ -154,6 +173,31 @@ def write_sums(sums: Sums, path: Path, metadata: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata={"sums": json.dumps({"content": content, "metadata": dict(metadata)})})
     os.replace(partial, path)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of sums in a file that `write_sums` wrote, read when they are asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = [name.removeprefix("tensors:") for name in file.keys() if name.startswith("tensors:")]  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        if key not in self._names:
+            raise KeyError(key)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(f"tensors:{key}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_sums(path: Path) -> tuple[Sums, dict[str, Any]] | None:

@@ -1,6 +1,6 @@
 """What measuring statistics takes of memory and time, for a random Llama: whole Grams, sketches, several passes.
 
-    python tests/benchmarks/statistics_memory.py [--layers 12] [--hidden 1024] [--examples 8] [--repeats 1]
+    python tests/benchmarks/statistics_memory.py [--layers 12] [--hidden 1024] [--examples 16]
 
 Every row is a process of its own. Memory is its peak above what it held with the model loaded; time is relative to that of
 the losses and their gradients alone. The first row is that: forward and backward passes with nothing measured.
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -77,7 +77,7 @@ def measure(folder: Path, options: dict[str, Any] | None) -> dict[str, float]:
     if options is None:
         measure.collect = passed_over  # type: ignore[attr-defined]
     mats_hub.compute_statistics(
-        folder, dataset=folder / "data.jsonl", output=output, batch_size=1, progress=counted, device="cpu",
+        folder, dataset=folder / "data.jsonl", output=output, batch_size=4, progress=counted, device="cpu",
         **(options or {"kind": "fisher"}),
     )  # fmt: skip
     seconds, megabytes = time.perf_counter() - state["started"], peak() - state["before"]
