@@ -293,6 +293,8 @@ def _plan(**options: Any) -> int:
 def _merge(output: str, push: str | None, private: bool, device: str, **options: Any) -> None:
     from mats_hub.merged_model import merge
 
+    if push:
+        _check_can_push(push)
     merged = merge(_recipe(options), output=output, device=device, progress=progress_bar)
     for note in merged.report.notes:
         print(f"note: {note}")
@@ -301,6 +303,12 @@ def _merge(output: str, push: str | None, private: bool, device: str, **options:
         print(merged.push_to_hub(push, private=private))
     else:
         print(f"next: read {output}/README.md, then mats-hub push {output} OWNER/NAME")
+
+
+def _check_can_push(repo_id: str) -> None:
+    from mats_hub.hub import check_can_push
+
+    check_can_push(repo_id)
 
 
 def _push(folder: str, repo_id: str, private: bool, create_pr: bool) -> None:
@@ -347,6 +355,8 @@ def _replay(
         raise RecipeError("--check only compares; leave out --change, --output and --push, or leave out --check")
     if not (check or output or push):
         raise RecipeError("say what the result is for: --check, --output FOLDER or --push OWNER/NAME")
+    if push:
+        _check_can_push(push)
     changes = {}
     for pair in change or ():
         name, equals, value = pair.partition("=")

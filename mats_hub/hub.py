@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mats_hub.card import CARD_FILE, render_card, validate_card
 from mats_hub.checkpoint import shard_names
 from mats_hub.errors import HubError
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, Source, hub_api, hub_errors, open_source
+from mats_hub.source import HUB_ID, Source, hub_api, hub_errors, is_connection_error, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
 from mats_hub.statistics.storage import INDEX_ENDING
@@ -66,14 +67,116 @@ def push(
             if file.is_file() and file.name != CARD_FILE
         ]
         operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+        title = message or f"Merge {len(report.experts)} experts with {report.recipe['method']}"
+        return _commit(api, created.repo_id, operations, title, revision, create_pr)
+
+
+def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuse a repository that this machine's token may not write to, before any work is done for it.
+
+    Raises:
+        HubError: the token may not write there, there is none, or the Hub cannot be reached.
+
+    """
+    if not HUB_ID.match(repo_id):
+        raise HubError(f"{repo_id!r} is no Hub id; write 'owner/name'")
+    from huggingface_hub import errors
+
+    api = hub_api(token)
+    with hub_errors(repo_id, HubError):
+        try:
+            me = api.whoami()
+        except (errors.LocalTokenNotFoundError, ValueError) as error:
+            raise HubError(f"{repo_id!r}: to publish there, sign in with 'hf auth login' (or set HF_TOKEN)") from error
+        owner = repo_id.split("/")[0] if "/" in repo_id else me["name"]
+        if api.repo_exists(repo_id):
+            api.auth_check(repo_id, write=True)
+        elif owner not in (me["name"], *(org["name"] for org in me.get("orgs", ()))):
+            raise HubError(
+                f"{repo_id!r}: you are {me['name']!r} and may not make a repository of {owner!r}; name one of your own"
+            )
+        elif me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError(
+                f"{repo_id!r}: this machine's token may only read; sign in with one that may write ('hf auth login')"
+            )
+
+
+def _commit(
+    api: Any,
+    repo_id: str,
+    operations: list[Any],
+    title: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+    parent: str | None = None,
+) -> str:
+    """Publish files in one commit and read back that they are there; return the URL of the commit or the pull request.
+
+    An answer that got lost is told from a commit that was not made by looking, and never repeated blindly.
+
+    Args:
+        api: the Hub client.
+        repo_id: where to.
+        operations: the files.
+        title: of the commit.
+        revision: the branch; ``main`` otherwise.
+        create_pr: open a pull request instead.
+        parent: the commit that it has to follow; the branch's last otherwise.
+
+    Raises:
+        HubError: the branch moved meanwhile, or the Hub has other bytes than were sent.
+
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    head = parent or api.repo_info(repo_id, revision=revision).sha
+    failure: Exception | None = None
+    try:
         commit: Any = api.create_commit(
-            created.repo_id,
-            operations,
-            commit_message=message or f"Merge {len(report.experts)} experts with {report.recipe['method']}",
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, operations, commit_message=title, revision=revision, create_pr=create_pr, parent_commit=head
         )
-    return str(commit.pr_url or commit.commit_url)
+        at, url = commit.oid, str(commit.pr_url or commit.commit_url)
+    except RuntimeError as error:  # of the client, when the upload of a file failed
+        raise HubError(
+            f"{repo_id!r}: {error} {error.__cause__ or ''} Nothing was published; push again".strip()
+        ) from error
+    except Exception as error:
+        status = (
+            error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        )
+        if create_pr or (status != 412 and not is_connection_error(error)):
+            raise
+        failure, at = error, api.repo_info(repo_id, revision=revision).sha
+        url = f"{api.endpoint}/{repo_id}/commit/{at}"
+    wrong = _differing(api, repo_id, operations, at) if failure is None or at != head else []
+    if failure is not None and (at == head or wrong):
+        if at == head:
+            raise failure
+        raise HubError(
+            f"{repo_id!r}: somebody else committed to the branch meanwhile ({head[:12]} became {at[:12]}); nothing was "
+            "published. Look at their commit, then push again"
+        ) from failure
+    if wrong:
+        raise HubError(f"{repo_id!r}: the Hub has other bytes than were sent of {', '.join(wrong[:5])}; push again")
+    return url
+
+
+def _differing(api: Any, repo_id: str, operations: list[Any], commit: str) -> list[str]:
+    """Return the files that a commit does not hold as they were to be sent."""
+    there = {
+        file.rfilename: file for file in api.repo_info(repo_id, revision=commit, files_metadata=True).siblings or ()
+    }
+    wrong = []
+    for operation in operations:
+        file = there.get(operation.path_in_repo)
+        if file is not None and file.lfs is not None:
+            same = file.lfs.sha256 == operation.upload_info.sha256.hex()
+        else:
+            with operation.as_file() as content:
+                data = content.read()
+            same = file is not None and file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        wrong += [] if same else [operation.path_in_repo]
+    return wrong
 
 
 def _card_for(folder: Path, report: MergeReport, repo_id: str) -> str:
@@ -136,14 +239,9 @@ def push_statistics(
             me = api.whoami()
             create_pr = target.split("/")[0] not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
         operations = [CommitOperationAdd(name, content) for name, content in _statistics_files(statistics).items()]
-        commit: Any = api.create_commit(
-            target,
-            [*operations, CommitOperationAdd(CARD_FILE, card.encode())],
-            commit_message=f"Statistics for merging ({', '.join(statistics.provenance.kinds)})",
-            parent_commit=source.commit if source else None,
-            create_pr=create_pr,
-        )
-    return str(commit.pr_url or commit.commit_url)
+        operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+        title = f"Statistics for merging ({', '.join(statistics.provenance.kinds)})"
+        return _commit(api, target, operations, title, create_pr=create_pr, parent=source.commit if source else None)
 
 
 def _holds_weights(source: Source) -> bool:

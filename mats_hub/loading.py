@@ -218,6 +218,8 @@ def _from_pretrained(
 ) -> Any:
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.folder or source.repo_id}
     if source.folder is None:
+        for name in source.weight_files:  # their bytes are checked, as transformers does not
+            source.path(name)
         where.update(revision=source.commit, token=source.token)
     if config is not None:
         where.update(config=config)

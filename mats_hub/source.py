@@ -6,16 +6,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mats_hub.errors import CheckpointError, MatsError, SourceError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
+
+Result = TypeVar("Result")
+
+TRIES = 3
+"""How often the Hub is asked for something, when what went wrong may pass."""
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -102,8 +108,21 @@ class Source:
         from huggingface_hub import hf_hub_download
 
         assert self.repo_id is not None
-        with hub_errors(self.spec):
-            return Path(hf_hub_download(self.repo_id, filename, revision=self.commit, token=self.token))
+        for _ in range(TRIES):
+            fresh = filename in self.digests and not self.is_cached(filename)
+            with hub_errors(self.spec):
+                fetched = persistently(
+                    partial(hf_hub_download, self.repo_id, filename, revision=self.commit, token=self.token)
+                )
+            path = Path(fetched)
+            if not fresh or file_sha256(path) == self.digests[filename]:  # the client checks only the length
+                return path
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        raise SourceError(
+            f"{self.spec!r}: {filename} came with other bytes than the Hub says it has, {TRIES} times; nothing of it was kept. "
+            "Try again later, or over another connection"
+        )
 
     def json(self, filename: str) -> dict[str, Any]:
         """Return the JSON object in a file; an empty one when the file is not there."""
@@ -127,9 +146,8 @@ class Source:
 
         try:
             with hub_errors(self.spec):
-                parsed = hub_api(self.token).parse_safetensors_file_metadata(
-                    self.repo_id or "", filename, revision=self.commit
-                )
+                parse = hub_api(self.token).parse_safetensors_file_metadata
+                parsed = persistently(partial(parse, self.repo_id or "", filename, revision=self.commit))
         except (SafetensorsParsingError, NotASafetensorsRepoError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.spec!r}: {filename} is not a safetensors file ({error})") from None
         raw = {
@@ -305,7 +323,7 @@ def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterato
     except MatsError:
         raise
     except Exception as error:
-        if not _is_connection_error(error):
+        if not is_connection_error(error):
             raise
         raise error_class(
             f"{spec!r}: cannot reach the Hub ({type(error).__name__}). Check the network connection or HF_ENDPOINT, "
@@ -313,7 +331,29 @@ def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterato
         ) from error
 
 
-def _is_connection_error(error: Exception) -> bool:
+def persistently(call: Callable[[], Result]) -> Result:
+    """Return what a call of the Hub client returns, after trying again where what went wrong may pass.
+
+    The client itself does so for some requests only, and not after a connection is reset.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return call()
+        except Exception as error:
+            status = (
+                error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+            )
+            passing = status >= 500 or (is_connection_error(error) and not isinstance(error, OfflineModeIsEnabled))
+            if not tries_left or not passing:
+                raise
+            time.sleep(2 ** (TRIES - tries_left - 1))
+    raise AssertionError("unreachable")
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Tell whether an exception of the Hub client means that no answer came."""
     # The client moved from httpx to httpx2 in 2.x: its transport errors are known by name, not by import.
     names = {cls.__name__ for cls in type(error).__mro__}
     return isinstance(error, OSError) or bool(names & {"TransportError", "RequestError", "ConnectError"})
