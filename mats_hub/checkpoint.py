@@ -159,6 +159,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self._pending:  # a file without a tensor is a file, too
+            self._begin(0)
         if self._file is not None:
             self._file.close()
         if kind is None:

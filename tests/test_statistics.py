@@ -553,6 +553,11 @@ def test_file_round_trip(cases: dict[str, Any], tmp_path: Path, family: str) -> 
     assert all(torch.equal(again.tensor(key), value) for key, value in sums.tensors.items())
 
 
+def test_statistics_of_nothing_are_a_file_too(tmp_path: Path) -> None:
+    path = Statistics(Provenance(kinds=("gram",)), Sums()).save(tmp_path / STATISTICS_FILE)
+    assert list(Statistics.load(path).keys()) == []
+
+
 def test_the_same_statistics_are_the_same_bytes(statistics: Statistics, tmp_path: Path) -> None:
     assert len({statistics.save(tmp_path / f"{number}.safetensors").read_bytes() for number in range(12)}) == 1
 
