@@ -27,6 +27,8 @@ def grid(**options: list) -> list[dict]:
 
 
 KFAC = {"method": ["mats"], "curvature": ["kfac"]}
+OWN = {"method": ["mats"], "curvature": ["task_vector"], "normalization": ["trace"]}
+OWN |= {"initialization": ["task_arithmetic"], "scale": [0.4, 0.5, 0.6]}
 DAMPED = {**KFAC, "preconditioner": ["kronecker"], "iterations": [30], "damping": [1.0, 0.1, 0.01, 0.001]}
 METHODS: dict[str, list[dict]] = {
     "average": grid(method=["average"]),
@@ -45,6 +47,8 @@ METHODS: dict[str, list[dict]] = {
     "MaTS, K-FAC, trace-normalized, preconditioned": grid(
         **KFAC, normalization=["trace"], preconditioner=["kronecker"], iterations=[5, 20]
     ),
+    "MaTS, task vectors' own Grams": grid(**OWN, iterations=[1, 2, 5, 20]),
+    "MaTS, task vectors' own Grams, damped": grid(**OWN, iterations=[30], damping=[0.1, 1.0, 10.0]),
     "MaTS, K-FAC, damped, from average": grid(**DAMPED),
     "MaTS, K-FAC, damped, trace-normalized, from average": grid(**DAMPED, normalization=["trace"]),
     "MaTS, K-FAC, damped, trace-normalized, from task arithmetic": grid(
@@ -61,14 +65,6 @@ LORA_METHODS: dict[str, list[dict]] = {
     "MaTS, K-FAC, within the factors' span": grid(**WITHIN, iterations=[20, 50, 100]),
     "MaTS, K-FAC, within the factors' span, preconditioned": grid(
         **WITHIN, preconditioner=["kronecker"], iterations=[2, 5, 20]
-    ),
-    "MaTS, task vectors' own Grams": grid(
-        method=["mats"],
-        curvature=["task_vector"],
-        normalization=["trace"],
-        initialization=["task_arithmetic"],
-        scale=[0.4, 0.5, 0.6],
-        iterations=[1, 2, 5],
     ),
     "RegMean, sketched Grams": grid(method=["regmean"], off_diagonal=[0.9, 1.0]),
     "MaTS, sketched Grams, from average": grid(method=["mats"], curvature=["gram"], iterations=[10, 50, 100]),
