@@ -22,7 +22,7 @@ from mats_hub.linear_system import LinearSystem
 from mats_hub.merging import Merged, check_cast, check_finite, compute_dtype, deltas_at, make_context, merge_deltas
 from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan
 from mats_hub.progress import Progress, silent
-from mats_hub.report import TensorRecord
+from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import nearest_kronecker
 from mats_hub.source import DTYPE_BYTES, TensorHeader
 
@@ -32,7 +32,12 @@ PREFIX = "base_model.model."
 
 
 def merge_adapters(
-    plan: Plan, folder: Path, device: torch.device, metadata: dict[str, str], progress: Progress | None = None
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    metadata: dict[str, str],
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> list[TensorRecord]:
     """Write the merged adapter of a plan without problems into `folder`, tensor by tensor.
 
@@ -65,6 +70,8 @@ def merge_adapters(
                 part = owner[name]
                 tensors, records[part.entry.key] = _merge_part(plan, part, context, device)
                 ready |= zip(part.headers, tensors, strict=True)
+                if watch:
+                    watch(records[part.entry.key])
             tensor = check_finite(ready.pop(name), "the merged adapter", name)
             check_cast(tensor, layout[name].dtype, name)
             writer.write(name, tensor)

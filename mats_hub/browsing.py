@@ -9,6 +9,7 @@ from typing import Any
 
 from mats_hub.card import CARD_FILE, MERGE_TAG
 from mats_hub.errors import HubError, MatsError, SourceError
+from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport
 from mats_hub.source import HUB_ID, hub_api, hub_errors, open_source
 
@@ -191,6 +192,20 @@ def _lineage(spec: str, role: str, token: Any, above: frozenset[str], must: bool
     children += [(report.base["model"], "base")] if report.base else []
     found.parents = [_lineage(child, of, token, above) for child, of in children]
     return found
+
+
+def read_recipe(model: str, token: str | bool | None = None) -> Recipe:
+    """Return the recipe that a merge carries.
+
+    Raises:
+        SourceError: the model cannot be found, or is no merge of this package.
+        RecipeError: its recipe cannot be read.
+
+    """
+    source = open_source(model, token)
+    if RECIPE_FILE not in source.sizes:
+        raise SourceError(f"{source.spec!r} is no merge of this package: it has no {RECIPE_FILE}")
+    return Recipe.load(source.path(RECIPE_FILE))
 
 
 def read_card(model: str, token: str | bool | None = None) -> str:

@@ -60,27 +60,39 @@ def run_demo(output: str | Path, device: str, progress: Progress, say: Callable[
 
     """
     target = check_output(output)
-    data = {name: _digits(task) for name, task in TASKS.items()}
     with staged(target) as stage, one_thread():
         say("Training a small vision transformer on handwritten digits (the base), and three experts from it:")
         say(f"  {', '.join(TASKS)}; each has labels and a head of its own.")
-        with quiet():
-            _train_models(stage, data, progress)
-        for name in TASKS:
-            compute_statistics(
-                stage / "experts" / name,
-                dataset=data[name]["train"],
-                batch_size=50,
-                device=device,
-                output=stage / "experts" / name / STATISTICS_FILE,
-                progress=progress,
-            )
+        data = make_experts(stage, device, progress)
         _compare(stage, data, device, progress, say)
     say(f"\nWritten: {target / 'merged'} (README.md is its model card), with base and experts beside it. Next:")
     say(f"  mats-hub plan {target}/experts/* --base {target}/base --method mats --damping {DAMPINGS[-1]}")
     say(f"  python -c \"import mats_hub; print(mats_hub.load('{target / 'merged'}', task='{next(iter(TASKS))}'))\"")
     say(f"  mats-hub push {target / 'merged'} OWNER/NAME")
     return target / "merged"
+
+
+def make_experts(folder: Path, device: str, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Train the base and the experts into ``base`` and ``experts/NAME`` of a folder, with the experts' statistics.
+
+    Returns:
+        Task → split (train, validation, test) → its data set.
+
+    """
+    data = {name: _digits(task) for name, task in TASKS.items()}
+    with one_thread():
+        with quiet():
+            _train_models(folder, data, progress)
+        for name in TASKS:
+            compute_statistics(
+                folder / "experts" / name,
+                dataset=data[name]["train"],
+                batch_size=50,
+                device=device,
+                output=folder / "experts" / name / STATISTICS_FILE,
+                progress=progress,
+            )
+    return data
 
 
 def _compare(stage: Path, data: dict[str, Any], device: str, progress: Progress, say: Callable[[str], None]) -> None:

@@ -25,7 +25,7 @@ from mats_hub.plan import Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
-from mats_hub.report import REPORT_FILE, MergeReport
+from mats_hub.report import REPORT_FILE, MergeReport, Watch
 from mats_hub.source import Source, file_sha256, give_usual_mode, open_source
 
 COMPANION_FILES = (
@@ -121,6 +121,7 @@ def merge(
     device: str = "auto",
     token: str | bool | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     **options: Any,
 ) -> MergedModel:
     """Merge experts into one model.
@@ -133,6 +134,7 @@ def merge(
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         token: Hub token; the one stored on this machine otherwise.
         progress: wraps the iteration over tensors (iterable, total, description) to show it.
+        watch: called with the `TensorRecord` of every tensor as soon as it is merged.
         **options: recipe options when `experts` is a list: ``base``, ``method``, ``scale``, ``iterations``, …
 
     Returns:
@@ -155,11 +157,11 @@ def merge(
     base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
     if target is not None:
         with staged(target) as stage:
-            report = _write_all(plan, stage, place, progress)
+            report = _write_all(plan, stage, place, progress, watch)
         return MergedModel(target, report, base=base)
     folder = Path(tempfile.mkdtemp(prefix="mats_hub-"))
     try:
-        return MergedModel(folder, _write_all(plan, folder, place, progress), temporary=True, base=base)
+        return MergedModel(folder, _write_all(plan, folder, place, progress, watch), temporary=True, base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -216,7 +218,9 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None) -> MergeReport:
+def _write_all(
+    plan: Plan, folder: Path, device: Any, progress: Progress | None, watch: Watch | None = None
+) -> MergeReport:
     """Write weights, heads, configs, companions, recipe, report and card."""
     from mats_hub.adapter_merging import merge_adapters
     from mats_hub.merging import compute_dtype, merge_tensors
@@ -230,7 +234,7 @@ def _write_all(plan: Plan, folder: Path, device: Any, progress: Progress | None)
             if isinstance(expert.adapter, FoldedAdapter):
                 assert plan.base is not None
                 fold(expert, plan.base.source, Path(spool), "float64" if plan.is_double else "float32")
-        records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress)
+        records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress, watch)
     if not as_adapter:  # a config.json beside an adapter would make it look like a model
         _write_config(plan, folder)
     for expert in plan.experts:

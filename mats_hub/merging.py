@@ -19,7 +19,7 @@ from mats_hub.linear_system import LinearSystem, match
 from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
-from mats_hub.report import TensorRecord
+from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
 from mats_hub.statistics.file import conditioned_gram
 
@@ -27,7 +27,12 @@ Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
 
 def merge_tensors(
-    plan: Plan, folder: Path, device: torch.device, metadata: dict[str, str], progress: Progress | None = None
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    metadata: dict[str, str],
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> list[TensorRecord]:
     """Write the merged checkpoint of a plan without problems into `folder`.
 
@@ -52,6 +57,8 @@ def merge_tensors(
             check_cast(tensor, plan.written[key].dtype, key)
             writer.write(key, tensor)
             records.append(record)
+            if watch:
+                watch(record)
     return records + [TensorRecord(e.key, e.action, e.reason) for e in entries.values()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,10 @@ class TensorRecord:
     truncation: float | None = None
     weighted_truncation: float | None = None
     outside: float | None = None
+
+
+Watch = Callable[[TensorRecord], None]
+"""Called with the record of every tensor as soon as it is merged."""
 
 
 @dataclass
