@@ -138,6 +138,7 @@ class Record:
             return sums
         path = self._folder / f"finished-{number}-{self._process}.safetensors"
         write_sums(sums, path, {})
+        sums.tensors = {}  # hooks of the pass may hold these sums for a while
         return Sums(**{**vars(sums), "tensors": StoredTensors(path)})
 
     def clear(self) -> None:
