@@ -237,7 +237,8 @@ def _merge_factors(
     zero = torch.zeros_like(next(part for part in parts if part is not None))
     deltas = [zero if part is None else part for part in parts]
     left = left.to(dtype)
-    merged = merge_deltas(plan, entry, deltas, context, basis=left if right is None else None)
+    width = next(f[1].shape[-1] for f in factors if f)
+    merged = merge_deltas(plan, entry, deltas, context, basis=left if right is None else None, width=width)
     return left, None if right is None else right.to(dtype), merged
 
 

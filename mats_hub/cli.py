@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.set_defaults(run=_push)
     _add_browsing(commands)
+    page = commands.add_parser("ui", help="open the page in which all this is done by clicking, on this machine")
+    page.add_argument("--port", type=int, help="where to serve it; the first free one from 7860 on otherwise")
+    page.set_defaults(run=_ui)
     register = commands.add_parser("register-cli", help="make 'hf mats' run this program, offline")
     register.set_defaults(run=_register)
     return parser
@@ -371,6 +374,26 @@ def _replay(
     if push:
         print(made.merged.push_to_hub(push, private=private))
     return 1 if check and not made.identical else 0
+
+
+def _ui(port: int | None) -> None:
+    from pathlib import Path
+
+    from mats_hub.errors import OutputError
+
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "space", here.parent / "space") if (f / "app.py").is_file()), None)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError:
+        raise OutputError("the page needs Gradio; install it with pip install 'mats-hub[ui]'") from None
+    if folder is None:
+        raise OutputError("this installation has no page (space/); install mats-hub again")
+    sys.path.insert(0, str(folder))
+    from app import serve
+
+    serve(port)
 
 
 def _register() -> None:

@@ -81,7 +81,13 @@ class Merged:
 
 
 def merge_deltas(
-    plan: Plan, entry: Entry, deltas: list[Tensor], context: Context, stored: bool = False, basis: Tensor | None = None
+    plan: Plan,
+    entry: Entry,
+    deltas: list[Tensor],
+    context: Context,
+    stored: bool = False,
+    basis: Tensor | None = None,
+    width: int | None = None,
 ) -> Merged:
     """Merge the task vectors of one tensor.
 
@@ -92,6 +98,7 @@ def merge_deltas(
         context: the merge's context.
         stored: whether `deltas` have the stored shape instead, perhaps ``[in, out]`` or a convolution's; so has the result then.
         basis: orthonormal columns ``[out, k]`` that the deltas are coordinates ``[k, in]`` in.
+        width: how many inputs the weight has, where the deltas are coordinates in the span of fewer.
 
     """
     weights = [expert.weight for expert in plan.experts]
@@ -110,7 +117,9 @@ def merge_deltas(
     whole = curvatures_at(plan, entry, deltas)
     if plan.recipe.solver.damping:
         size = start.shape if basis is None else torch.Size((len(basis), *start.shape[1:]))
-        whole.append(match(whole, deltas, weights).damping(plan.recipe.solver.damping, size))
+        # Directions outside of the span have no curvature, and count in the mean.
+        factor = plan.recipe.solver.damping * (start.shape[-1] / width if width else 1)
+        whole.append(match(whole, deltas, weights).damping(factor, size))
         deltas, weights = [*deltas, start], [*weights, 1.0]
     curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
     measured = [] if plan.recipe.curvature.kind == "task_vector" else [s for s in plan.statistics if s]

@@ -100,6 +100,12 @@ METHODS: dict[str, Method] = {
 }
 """Every named method. A new one is a row here (and, for a new initialization, an options class above)."""
 
+IMPLIED_BY_CURVATURE: dict[str, dict[str, dict[str, Any]]] = {
+    # Solved far, task vectors' own Grams need a regulariser; this one serves full checkpoints and LoRA adapters alike.
+    "task_vector": {"curvature": {"normalization": "trace"}, "solver": {"iterations": 30, "damping": 1.0}},
+}
+"""What a kind of curvature implies, by part of a recipe, where nothing else is given."""
+
 AUTO = "auto"
 """The method of a recipe that leaves the choice to what is there: MaTS with statistics, else `DATA_FREE_DEFAULT`."""
 

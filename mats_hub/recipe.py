@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mats_hub.errors import RecipeError, unknown
-from mats_hub.methods import AUTO, DATA_FREE_DEFAULT, METHODS
+from mats_hub.methods import AUTO, DATA_FREE_DEFAULT, IMPLIED_BY_CURVATURE, METHODS
 
 RECIPE_FILE = "mats_recipe.yaml"
 NAME_PATTERN = r"^\w[\w.-]*$"
@@ -346,7 +346,8 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
         return content
     if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(unknown("method", name, [AUTO, *METHODS]))
-    row = METHODS[name]
+    row, curvature = METHODS[name], content.get("curvature")
+    kind = curvature.get("kind") if isinstance(curvature, Mapping) else curvature
     for part, key in PARTS_OF_METHOD.items():
         implied, given = getattr(row, part), content.get(part)
         given = {key: given} if isinstance(given, str) else given
@@ -363,7 +364,9 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
                 "use method 'mats', which takes any" if name in ("fisher", "regmean") else "name that method instead"
             )
             raise RecipeError(f"method {name!r} has {part} {implied[key]!r}, not {given[key]!r}; {way_out}")
-        content[part] = {**implied, **given} if given.get(key, implied[key]) == implied[key] else given
+        same = given.get(key, implied[key]) == implied[key]
+        extra = IMPLIED_BY_CURVATURE.get(kind, {}).get(part, {}) if isinstance(kind, str) else {}
+        content[part] = {**(implied if same else {}), **(extra if same or part == "curvature" else {}), **given}
     return content
 
 

@@ -39,6 +39,7 @@ class Job:
 
     Attributes:
         recipe: what is merged.
+        token: the visitor's, for his private models.
         state: waiting, running, done, failed or cancelled.
         step: what is being done.
         done: items of the step that are done.
@@ -51,6 +52,7 @@ class Job:
     """
 
     recipe: Recipe
+    token: str | bool | None = field(default=None, repr=False)
     state: str = "waiting"
     step: str = ""
     done: int = 0
@@ -90,7 +92,7 @@ class Jobs:
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="merge")
 
-    def start(self, recipe: Recipe, token: str | None, after: Callable[[Job], None] | None = None) -> str:
+    def start(self, recipe: Recipe, token: str | bool | None, after: Callable[[Job], None] | None = None) -> str:
         """Queue a merge and return its id, which nobody can guess.
 
         Raises:
@@ -103,9 +105,9 @@ class Jobs:
                 raise RuntimeError(
                     "Too many merges are waiting. Try again in some minutes, or merge on your own machine."
                 )
-            name, job = secrets.token_urlsafe(16), Job(recipe)
+            name, job = secrets.token_urlsafe(16), Job(recipe, token)
             self._jobs[name] = job
-        self._worker.submit(self._run, job, token, after)
+        self._worker.submit(self._run, job, after)
         return name
 
     def get(self, name: str | None) -> Job | None:
@@ -122,13 +124,13 @@ class Jobs:
         if job is not None and not job.over:
             job.stop.set()
 
-    def _run(self, job: Job, token: str | None, after: Callable[[Job], None] | None) -> None:
+    def _run(self, job: Job, after: Callable[[Job], None] | None) -> None:
         if job.stop.is_set():
             self._end(job, "cancelled")
             return
         job.state = "running"
         try:
-            merged = mats_hub.merge(job.recipe, token=token or False, progress=job.progress, watch=job.watch)
+            merged = mats_hub.merge(job.recipe, token=job.token, progress=job.progress, watch=job.watch)
             job.merged = merged
             if after:
                 after(job)
@@ -253,23 +255,33 @@ def what_does_not_fit(plan: Plan) -> list[str]:
 
 
 def answers(job: Job, given: Any) -> list[list[str]]:
-    """Return rows of task, answer and confidence: what the merged model says to a text or an image, for each task."""
-    import torch
+    """Return a row for each task: what the merged model says to a text or an image, and what the task's expert says."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     assert job.merged is not None
-    folder, rows = job.merged.folder, []
-    for expert in job.merged.report.experts:
-        model = job.merged.load(expert["name"])
-        if isinstance(given, str):
-            inputs = AutoTokenizer.from_pretrained(folder)(given, return_tensors="pt", truncation=True)
-        else:
-            inputs = AutoImageProcessor.from_pretrained(folder)(given.convert("RGB"), return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs).logits
-        if logits.dim() != 2:
-            raise ValueError("only models that classify can be tried here; load it with the lines on its card")
-        chances = logits[0].softmax(-1)
-        best = int(chances.argmax())
-        rows.append([expert["name"], str(model.config.id2label[best]), f"{float(chances[best]):.0%}"])
-    return rows
+    folder = job.merged.folder
+    if isinstance(given, str):
+        inputs = AutoTokenizer.from_pretrained(folder)(given, return_tensors="pt", truncation=True)
+    else:
+        inputs = AutoImageProcessor.from_pretrained(folder)(given.convert("RGB"), return_tensors="pt")
+    return [
+        [
+            entry.name or "",
+            *answer(job.merged.load(entry.name), inputs),
+            *answer(mats_hub.load(entry.model, token=job.token), inputs),
+        ]
+        for entry in job.recipe.experts
+    ]
+
+
+def answer(model: Any, inputs: Any) -> tuple[str, str]:
+    """Return the label that a model gives to an input, and its probability in words."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if logits.dim() != 2:
+        raise ValueError("only models that classify can be tried here; load it with the lines on its card")
+    chances = logits[0].softmax(-1)
+    best = int(chances.argmax())
+    return str(model.config.id2label[best]), f"{float(chances[best]):.0%}"

@@ -6,6 +6,7 @@ import base64
 import html
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,10 +68,8 @@ PRESETS = [
         {
             "method": "mats",
             "curvature": "task_vector",
-            "normalization": "trace",
             "initialization": "task_arithmetic",
-            "scale": 0.5,
-            "iterations": 2,
+            "scale": 0.4,
         },
     ),
     Preset(
@@ -319,16 +318,18 @@ def status(job: Job | None) -> str:
     return problem_list([job.error])
 
 
-def poll(name: str | None) -> tuple[str, Any, Any, Any, Any, Any, Any, Any, Any]:
+def poll(name: str | None) -> tuple[Any, ...]:
     """Return what is to be shown of a merge now."""
     job = JOBS.get(name)
     running = job is not None and not job.over
     plot = curves_of(job) if job is not None and job.curves else gr.skip()
-    timer, stop = gr.Timer(active=running), gr.update(interactive=running)
-    if job is None or job.state != "done" or job.merged is None:
-        return status(job), plot, timer, stop, gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+    done = job is not None and job.state == "done" and job.merged is not None
+    buttons = gr.update(interactive=running), gr.update(interactive=done)
+    now = (status(job), plot, gr.Timer(active=running), *buttons)
+    if job is None or job.merged is None or not done:
+        return *now, *(gr.skip() for _ in range(5))
     card = (job.merged.folder / "README.md").read_text(encoding="utf-8")
-    return status(job), plot, timer, stop, gr.Walkthrough(selected=4), pictures(job), scores(job), worst(job), card
+    return *now, gr.Walkthrough(selected=4), pictures(job), scores(job), worst(job), card
 
 
 def pictures(job: Job) -> list[tuple[str, str]]:
@@ -389,6 +390,12 @@ def example_image(number: float) -> Any:
 # --- 5. publish
 
 
+def body_of(card: str) -> str:
+    """Return a card without its front matter, and with words in place of figures that are beside it."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.DOTALL)
+    return re.sub(r"!\[([^\]]*)\]\(figures/[^)]*\)", r"*Figure: \1.*", body)
+
+
 def publish(
     name: str | None,
     repo_id: str,
@@ -424,7 +431,7 @@ def who(profile: gr.OAuthProfile | None) -> tuple[str, Any]:
 # --- browse
 
 
-def browse(words: str, author: str, token: gr.OAuthToken | None) -> pd.DataFrame:
+def find_merges(words: str, author: str, token: gr.OAuthToken | None) -> pd.DataFrame:
     """Return merges on the Hub that carry a recipe."""
     try:
         found = mats_hub.browse(words.strip() or None, author=author.strip() or None, token=token_of(token))
@@ -445,7 +452,7 @@ def read(table: pd.DataFrame, event: gr.SelectData, token: gr.OAuthToken | None)
         tree = str(mats_hub.lineage(name, token_of(token)))
     except MatsError as error:
         raise gr.Error(str(error)) from None
-    return name, text.partition("\n---\n")[2] or text, tree
+    return name, body_of(text), tree
 
 
 def remix(name: str, token: gr.OAuthToken | None) -> tuple[str, list[str], Any, str, Any]:
@@ -463,6 +470,7 @@ CSS = """
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
 .problems { border-left: 4px solid #c92a2a; padding: .4rem .8rem; margin: .5rem 0 } progress { width: 100%; height: 1rem }
+#tried img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 """
 
 
@@ -527,11 +535,14 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
                             names.append(name)
                             inputs.append(component(name, field))
             write = gr.Button("Write the recipe", variant="primary")
-            yaml_text = gr.Code(language="yaml", label="Recipe (editable)", lines=8)
+            yaml_text = gr.Code(language="yaml", label="Recipe (editable)", lines=8, max_lines=18)
             with gr.Row():
                 apply = gr.Button("Take experts from the recipe")
                 to_plan = gr.Button("Next: see the plan", variant="primary")
-            link = gr.Textbox(label="Link to this recipe", interactive=False, buttons=["copy"])
+            with gr.Accordion("Share this recipe", open=False):
+                link = gr.Textbox(
+                    label="Add this to the page's address", interactive=False, max_lines=2, buttons=["copy"]
+                )
         with gr.Step("Plan", id=2):
             problems = gr.HTML()
             plan_text = gr.Code(label="What will happen", interactive=False)
@@ -542,21 +553,29 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
                 x="iteration", y="log10 of the relative residual", color="tensor", title="Residuals of the last solved tensors",
                 height=280,
             )  # fmt: skip
-            stop = gr.Button("Stop", variant="stop", interactive=False)
+            with gr.Row():
+                stop = gr.Button("Stop", variant="stop", interactive=False)
+                to_result = gr.Button("Next: the result", interactive=False)
             gr.Markdown("You may close this page: the merge goes on, and is found again when you come back.")
         with gr.Step("Result", id=4):
-            gallery = gr.Gallery(label="Figures", columns=2, object_fit="contain", height="auto")
+            gallery = gr.Gallery(label="Figures", columns=3, object_fit="contain", height=300)
             results = gr.Dataframe(label="Results", interactive=False)
             layers = gr.Dataframe(label="The least converged weights", interactive=False)
             gr.Markdown("### Try it")
             with gr.Row():
                 text = gr.Textbox(label="A text", max_length=2000)
-                image = gr.Image(label="or an image", type="pil", height=160)
+                image = gr.Image(
+                    label="or an image", type="pil", height=200, sources=["upload", "clipboard"], elem_id="tried"
+                )
                 with gr.Column():
                     number = gr.Slider(0, 400, step=1, label="or a test image of the example")
                     pick = gr.Button("Take it")
             ask = gr.Button("Ask the merged model", variant="primary")
-            said = gr.Dataframe(headers=["task", "answer", "confidence"], label="Answers", interactive=False)
+            said = gr.Dataframe(
+                headers=["task", "merged model", "confidence", "its expert", "confidence"],
+                label="Answers",
+                interactive=False,
+            )
             to_publish = gr.Button("Next: publish")
         with gr.Step("Publish", id=5):
             if os.environ.get("OAUTH_CLIENT_ID") or signed_in_here():
@@ -567,13 +586,13 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
             with gr.Row():
                 private = gr.Checkbox(True, label="private")
                 pull = gr.Checkbox(False, label="as a pull request")
-            with gr.Tabs():
-                with gr.Tab("Card, rendered"):
-                    rendered = gr.Markdown(sanitize_html=True)
-                with gr.Tab("Card, to edit"):
-                    card = gr.Code(language="markdown", label="README.md", lines=16)
             push = gr.Button("Publish", variant="primary")
             done = gr.Markdown()
+            with gr.Tabs():
+                with gr.Tab("Card, rendered"):
+                    rendered = gr.Markdown(sanitize_html=True, height=500)
+                with gr.Tab("Card, to edit"):
+                    card = gr.Code(language="markdown", label="README.md", lines=16, max_lines=30)
     changed = {"fn": cards, "inputs": [experts, base], "outputs": table, **hidden}
     find.click(search, words, found, **hidden)
     words.submit(search, words, found, **hidden)
@@ -597,13 +616,14 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
         plan_of, yaml_text, [plan_text, problems, go], **hidden
     )
     go.click(start, yaml_text, [job, walk, timer], **hidden)
-    seen = [shown, plot, timer, stop, walk, gallery, results, layers, card]
+    seen = [shown, plot, timer, stop, to_result, walk, gallery, results, layers, card]
     timer.tick(poll, job, seen, show_progress="hidden", queue=False, **hidden)
+    to_result.click(lambda: gr.Walkthrough(selected=4), None, walk, **hidden)
     stop.click(JOBS.cancel, job, None, queue=False, **hidden)
     pick.click(example_image, number, image, **hidden)
     ask.click(try_it, [job, text, image], said, **hidden)
     to_publish.click(lambda: gr.Walkthrough(selected=5), None, walk, **hidden).then(who, None, [me, repo], **hidden)
-    card.change(lambda text: text.partition("\n---\n")[2] or text, card, rendered, **hidden)
+    card.change(body_of, card, rendered, **hidden)
     push.click(publish, [job, repo, private, pull, card], done, **hidden)
     return yaml_text, marked, base
 
@@ -621,7 +641,7 @@ def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) 
     with gr.Row():
         card = gr.Markdown(sanitize_html=True)
         tree = gr.Code(label="Lineage", interactive=False)
-    find.click(browse, [words, author], table, **hidden)
+    find.click(find_merges, [words, author], table, **hidden)
     table.select(read, table, [name, card, tree], **hidden)
     take.click(remix, name, [yaml_text, experts, marked, base, tabs], **hidden)
 

@@ -680,7 +680,8 @@ def conditioned(gram: Tensor, options: Mapping[str, Any]) -> Tensor:
     factor = options.get("off_diagonal", 0.9 if options["method"] == "regmean" else 1)
     gram = factor * gram + (1 - factor) * torch.diag(gram.diagonal())
     size = {"trace": gram.trace() / len(gram), "frobenius": gram.norm(), "none": 1.0}
-    return gram / (size[options.get("normalization", "none")] or 1.0)
+    default = "trace" if options.get("curvature") == "task_vector" else "none"
+    return gram / (size[options.get("normalization", default)] or 1.0)
 
 
 def system_of(made: Case, key: str, weights: Sequence[float], options: Mapping[str, Any], turned: bool) -> System:
@@ -712,7 +713,7 @@ def by_hand(system: System, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     arithmetic = options.get("initialization") == "task_arithmetic"
     factors = weights * options["scale"] if arithmetic else weights / weights.sum()
     start = sum(float(f) * delta for f, delta in zip(factors.double(), deltas, strict=True))
-    system = system.damped(options.get("damping", 0), start)
+    system = system.damped(options.get("damping", 1.0 if options.get("curvature") == "task_vector" else 0), start)
     if "iterations" not in options:
         operator = system.apply(torch.eye(len(system.metric)).double())
         inverse = torch.linalg.pinv(operator, rtol=len(operator) * torch.finfo(torch.float32).eps, hermitian=True)

@@ -1,0 +1,383 @@
+"""The page, in a real browser on loopback with the suite's Hub server behind it; its jobs and its named API without one."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import family as families
+import models
+import pytest
+import yaml
+
+import mats_hub
+from mats_hub import demo
+from mats_hub.recipe import Recipe
+
+gradio = pytest.importorskip("gradio", reason="the page's tests need Gradio: pip install 'mats-hub[ui]'")
+SPACE = Path(mats_hub.__file__).parents[1] / "space"
+sys.path.insert(0, str(SPACE))
+TOKEN = "mock-oauth-token-for-local-dev"  # what Gradio hands out to whoever signs in outside of a Space
+ALICE = {"name": "alice", "fullname": "Alice", "avatarUrl": "", "type": "user", "id": "1", "orgs": []}
+CARD = "---\nlicense: apache-2.0\n---\n# an expert\n"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser_test = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def page_module():
+    """Import the page with signing in as on a Space, and the example trained in a moment."""
+    import gradio.oauth
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    patch.setattr(gradio.oauth, "get_token", lambda: TOKEN)
+    patch.setattr(gradio.oauth, "whoami", lambda *arguments, **options: ALICE)
+    patch.setattr(demo, "BASE_STEPS", 30)
+    patch.setattr(demo, "EXPERT_STEPS", 5)
+    import merge_page
+
+    patch.setattr(merge_page, "signed_in_here", lambda: True)
+    yield merge_page
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def served(page_module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = page_module.build()
+        _, url, _ = built.launch(
+            theme=page_module.THEME, prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False,
+            show_error=True,
+        )  # fmt: skip
+    yield url
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, served):
+    """Open the page as a visitor of one's own; whatever it asks of other machines, and errors in it, fail the test."""
+    contexts, wrong = [], []
+
+    def open_page(width: int = 1200, query: str = "", **options):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on(
+            "request",
+            lambda r: wrong.append(r.url) if not re.match(r"(http://127\.0\.0\.1|data:|blob:)", r.url) else None,
+        )
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(served + query)
+        page.get_by_role("button", name="Try the example").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    return families.make_family(tmp_path_factory.mktemp("family"), card=CARD)
+
+
+@pytest.fixture
+def published(hub, local):
+    """Put the family on the Hub as alice's, whose token is the one that the page hands out."""
+    hub.add_user("alice", token=TOKEN)
+    for folder in (local.base, *local.experts):
+        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    return hub
+
+
+def click(page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def toast(page, text: str) -> None:
+    page.locator(".toast-body").filter(has_text=text).first.wait_for()
+
+
+def add(page, spec: str) -> None:
+    box = page.get_by_label("Search models")
+    box.fill(spec)
+    box.press("Enter")
+    page.get_by_label("Found").wait_for()
+    page.wait_for_function("spec => [...document.querySelectorAll('input')].some(i => i.value === spec)", arg=spec)
+    click(page, "Add expert")
+    page.get_by_role("checkbox", name=spec).wait_for()
+
+
+# --- in the browser
+
+
+@browser_test
+def test_from_the_example_to_a_published_merge_and_its_remix(visit, published):
+    page = visit()
+    click(page, "Try the example")
+    page.get_by_text("They fit together").wait_for()
+    click(page, "Next: choose how")
+    page.get_by_text("example/sideways-parity").last.wait_for()
+    click(page, "Next: see the plan")
+    page.get_by_text("nothing stands in the way").wait_for()
+    click(page, "Merge")
+    page.get_by_text("The least converged weights").wait_for()
+    page.get_by_role("img", name=re.compile("Score of each model")).or_(
+        page.get_by_text("Score of each model")
+    ).first.wait_for()
+    page.get_by_text("upside-down-size").last.wait_for()
+    click(page, "Take it")
+    page.locator("#tried img").wait_for()
+    click(page, "Ask the merged model")
+    page.get_by_text(re.compile(r"^\d+%$")).locator("visible=true").first.wait_for()
+    click(page, "Next: publish")
+    page.get_by_text("Not signed in.").wait_for()
+    page.get_by_role("button", name="Sign in with Hugging Face").click()
+    page.get_by_role("button", name="Try the example").wait_for()
+    # Signing in leaves the page; the merge is found again.
+    page.get_by_text("The least converged weights").wait_for()
+    click(page, "Next: publish")
+    page.get_by_text("Signed in as alice").wait_for()
+    page.get_by_label("Repository").fill("alice/digits")
+    page.get_by_role("tab", name="Card, to edit").click()
+    editor = page.locator(".cm-content").last
+    editor.click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("\nWritten on the page.")
+    click(page, "Publish")
+    page.get_by_text("Published: alice/digits").wait_for()
+    files = published.files("alice/digits")
+    assert "Written on the page." in files["README.md"].decode()
+    assert "model.safetensors" in files
+    assert Recipe.from_yaml(files["mats_recipe.yaml"].decode()).method == "mats"
+    assert published.find("alice/digits").private
+
+
+@browser_test
+def test_experts_of_the_hub_are_merged_browsed_and_remixed(visit, published):
+    merged = mats_hub.merge(
+        [f"alice/{name}" for name in families.LABELS], base="alice/base", method="ties", density=0.37, token=TOKEN
+    )
+    merged.push_to_hub("alice/first", token=TOKEN)
+    page = visit()
+    page.get_by_role("tab", name="Browse").click()
+    click(page, "Find merges")
+    page.get_by_text("alice/first").locator("visible=true").first.click()
+    page.get_by_text("├── alice/alpha@").wait_for()
+    click(page, "Remix: load its recipe")
+    page.get_by_role("checkbox", name=re.compile("alpha@")).wait_for()
+    click(page, "Next: choose how")
+    page.get_by_text("0.37", exact=True).wait_for()
+
+
+@browser_test
+def test_a_merge_survives_a_reload_and_stops_when_told_to(visit, page_module, published):
+    page = visit()
+    for name in ("alpha", "beta"):
+        add(page, f"alice/{name}")
+    recipe = Recipe.build(["alice/alpha", "alice/beta"], base="alice/base", method="average")
+
+    def slowly(job) -> None:
+        for _ in job.progress(range(10_000), 10_000, "taking its time"):
+            time.sleep(0.01)
+
+    page.get_by_label("Base").fill("alice/base")
+    click(page, "Next: choose how")
+    page.get_by_role("radio", name="Average").click()
+    page.get_by_text("method: average").first.wait_for()
+    before = len(page_module.JOBS._jobs)
+    slow = page_module.JOBS.start(page_module.check_ids(recipe, page_module.EXAMPLE_EXPERTS), TOKEN, slowly)
+    click(page, "Next: see the plan")
+    page.get_by_text("nothing stands in the way").wait_for()
+    click(page, "Merge")
+    page.get_by_text("Waiting: 1 before this one").wait_for()
+    assert len(page_module.JOBS._jobs) == before + 2
+    page.reload()
+    page.get_by_role("button", name="Try the example").wait_for()
+    other = visit()
+    assert not other.get_by_text("Waiting").locator("visible=true").count(), "what one visitor merges is not another's"
+    page_module.JOBS.cancel(slow)
+    page.get_by_text("The least converged weights").wait_for()  # its own merge is done, and found again
+    job = page_module.JOBS.get(slow)
+    deadline = time.monotonic() + 60
+    while not job.over and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert job.state == "cancelled"
+    assert job.merged is None
+
+
+HOSTILE = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "https://example.com/x.safetensors",
+    "a/../b",
+    "<img src=x onerror=alert(1)>/x",
+]
+
+
+@browser_test
+def test_hostile_and_unfit_experts_are_refused_where_they_are_written(visit, published, tmp_path):
+    models.tiny_gpt2(tmp_path / "gpt2")
+    published.create("alice/gpt2", {p.name: p.read_bytes() for p in (tmp_path / "gpt2").iterdir()})
+    published.create("bob/gated", {p.name: p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}, gated=True)
+    page = visit()
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    for text in HOSTILE:
+        page.get_by_label("Search models").fill(text)
+        page.get_by_label("Search models").press("Enter")
+        toast(page, "The Hub has no model")
+        page.locator(".toast-body button, .toast-close").first.click()
+    add(page, "alice/alpha")
+    add(page, "alice/gpt2")
+    page.get_by_label("Base").fill("alice/base")
+    page.get_by_label("Base").blur()
+    page.get_by_role("alert").filter(has_text="gpt2").locator("visible=true").first.wait_for()
+    click(page, "Next: choose how")
+    bad = (
+        Recipe.build(["alice/alpha"], base="alice/base", method="average")
+        .to_yaml()
+        .replace("alice/alpha", "/etc/passwd")
+    )
+    page.goto(page.url.split("?")[0] + "?recipe=" + base64.urlsafe_b64encode(bad.encode()).decode())
+    page.get_by_role("checkbox", name="/etc/passwd").wait_for()
+    click(page, "Next: choose how")
+    click(page, "Next: see the plan")
+    page.get_by_role("alert").filter(has_text="'/etc/passwd' is no Hub id").last.wait_for()
+    assert page.get_by_role("button", name="Merge", exact=True).is_disabled()
+    assert not dialogs
+
+
+@browser_test
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(visit, published, scheme):
+    page = visit(390, "?__theme=" + scheme)
+    add(page, "alice/alpha")
+    for step in ("Next: choose how", "Next: see the plan"):
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390
+        click(page, step)
+    page.get_by_text("method: mats").first.wait_for(state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+# --- without a browser
+
+
+def test_the_named_api_plans_and_browses(served, published):
+    from gradio_client import Client
+
+    merged = mats_hub.merge(["alice/alpha", "alice/beta"], base="alice/base", method="average", token=TOKEN)
+    merged.push_to_hub("alice/first", token=TOKEN)
+    client = Client(served, verbose=False)
+    named = set(client.view_api(return_format="dict")["named_endpoints"]) - {"/_check_login_status"}
+    assert named == {"/plan", "/browse"}
+    recipe = Recipe.build(["alice/alpha", "alice/beta"], base="alice/base", method="ties").to_yaml()
+    assert "nothing stands in the way of this merge" in client.predict(recipe, api_name="/plan")
+    [found] = client.predict("first", "alice", api_name="/browse")
+    assert found["id"] == "alice/first"
+    assert found["experts"] == ["alice/alpha", "alice/beta"]
+    with pytest.raises(Exception, match="is no Hub id"):
+        client.predict(recipe.replace("alice/alpha", "../x"), api_name="/plan")
+    with pytest.raises(Exception, match=r"not valid YAML|holds no mapping"):
+        client.predict("!!python/object/apply:os.system [ls]", api_name="/plan")
+
+
+def test_paths_urls_and_local_folders_are_no_ids(page_module, tmp_path, monkeypatch):
+    example = SimpleNamespace(ids=[], path=lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    good = Recipe.build(["a/b@refs/pr/1", {"model": "c/d", "statistics": "e/f"}], base="g/h", method="mats")
+    checked = page_module.check_ids(good, example)
+    assert [entry.name for entry in checked.experts] == ["b", "d"]
+    for bad in (*HOSTILE, "owner/name", "a", "", "a/b/c"):
+        for change in ({"model": bad}, {"model": "a/b", "statistics": bad}):
+            with pytest.raises(ValueError, match="is no Hub id"):
+                page_module.check_ids(Recipe.build([change], base="g/h", method="mats"), example)
+        with pytest.raises(ValueError, match="is no Hub id"):
+            page_module.check_ids(Recipe.build(["a/b"], base=bad, method="average"), example)
+
+
+def test_jobs_wait_for_each_other_and_are_forgotten(page_module, local, monkeypatch):
+    import merge_jobs
+
+    jobs, hold = merge_jobs.Jobs(), threading.Event()
+    recipe = Recipe.build(local.experts, base=local.base, method="average")
+    first = jobs.start(recipe, None, lambda job: hold.wait(30))
+    second = jobs.start(recipe, None)
+    failing = jobs.start(Recipe.build(["/nowhere"], base=local.base, method="average"), None)
+    assert jobs.ahead(jobs.get(second)) == 1
+    assert jobs.get(second).state == "waiting"
+    assert jobs.get("guess") is None
+    stopped = jobs.start(recipe, None)
+    jobs.cancel(stopped)
+    for _ in range(merge_jobs.MAX_WAITING - 3):
+        jobs.start(recipe, None)
+    with pytest.raises(RuntimeError, match="Too many merges are waiting"):
+        jobs.start(recipe, None)
+    hold.set()
+    jobs._worker.shutdown(wait=True)
+    assert [jobs.get(name).state for name in (first, second, failing, stopped)] == [
+        "done",
+        "done",
+        "failed",
+        "cancelled",
+    ]
+    assert "/nowhere" in jobs.get(failing).error
+    folder = jobs.get(first).merged.folder
+    assert folder.is_dir()
+    monkeypatch.setattr(merge_jobs, "KEEP_SECONDS", -1.0)
+    jobs._clean()
+    assert jobs.get(first) is None
+    assert not folder.exists()
+
+
+def test_what_is_too_large_is_said(page_module, local, monkeypatch):
+    import merge_jobs
+
+    plan = mats_hub.make_plan(Recipe.build(local.experts, base=local.base, method="average"))
+    assert merge_jobs.what_does_not_fit(plan) == []
+    monkeypatch.setattr(merge_jobs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    [said] = merge_jobs.what_does_not_fit(plan)
+    assert said.startswith("memory: about ")
+
+
+def test_the_front_matter_asks_for_the_least():
+    text = (SPACE / "README.md").read_text()
+    matter = yaml.safe_load(text.split("---")[1])
+    assert (matter["sdk"], matter["app_file"]) == ("gradio", "app.py")
+    assert (SPACE / matter["app_file"]).is_file()
+    assert set(matter["hf_oauth_scopes"]) == {"read-repos", "gated-repos", "contribute-repos"}
+    assert matter["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    assert len(matter["short_description"]) <= 60
+
+
+def test_every_option_of_the_schema_is_on_the_page(page_module):
+    from mats_hub.recipe import OPTION_OWNERS
+
+    shown = {name for fields in page_module.schema_fields().values() for name in fields}
+    assert shown == set(OPTION_OWNERS)
+    for preset in page_module.PRESETS:
+        Recipe.build(["a/b"], base="c/d", **preset.options)
