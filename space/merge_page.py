@@ -221,6 +221,17 @@ def recipe_of(experts: list[str], base: str, preset: str, names: list[str], valu
         raise gr.Error(str(error)) from None
 
 
+def kept_or_written(text: str, experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> str:
+    """Return the recipe that is there while it is of these experts and base, so that nobody's edits are lost; else a new one."""
+    try:
+        recipe = Recipe.from_yaml(text)
+        if [entry.model for entry in recipe.experts] == experts and (recipe.base or "") == base.strip():
+            return text
+    except MatsError:
+        pass
+    return recipe_of(experts, base, preset, names, values)
+
+
 def explained(preset: str) -> str:
     """Return what a preset does and solves."""
     chosen = PRESETS[TITLES.index(preset)]
@@ -606,7 +617,12 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
         **hidden,
     }
     example.click(use_example, None, [experts, marked, base, preset], **hidden).then(**changed).then(**write_recipe)
-    to_method.click(lambda: gr.Walkthrough(selected=1), None, walk, **hidden).then(**write_recipe)
+    to_method.click(lambda: gr.Walkthrough(selected=1), None, walk, **hidden).then(
+        lambda text, experts, base, preset, *values: kept_or_written(text, experts, base, preset, names, list(values)),
+        [yaml_text, experts, base, preset, *inputs],
+        yaml_text,
+        **hidden,
+    )
     preset.change(explained, preset, about, **hidden)
     preset.input(**write_recipe)
     write.click(**write_recipe)

@@ -189,7 +189,7 @@ def test_experts_of_the_hub_are_merged_browsed_and_remixed(visit, published):
     click(page, "Remix: load its recipe")
     page.get_by_role("checkbox", name=re.compile("alpha@")).wait_for()
     click(page, "Next: choose how")
-    page.get_by_text("0.37", exact=True).wait_for()
+    page.locator(".cm-content").filter(has_text="density: 0.37").locator("visible=true").first.wait_for()
 
 
 @browser_test

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from mats_hub.architecture import stored_experts
 from mats_hub.curvature import Curvature
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.statistics import Provenance, Statistics, Sums
-from mats_hub.statistics.collect import collect
+from mats_hub.statistics.collect import collect, survey
+from mats_hub.statistics.storage import read_sums, write_sums
 from mats_hub.statistics.watch import transposed_modules
 
 WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -201,6 +203,28 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
             torch.testing.assert_close(
                 sums.tensors[key], value, rtol=1e-3, atol=2e-5 * size + 1e-12, msg=lambda t, k=key: f"{k}: {t}"
             )
+
+
+@NAMES
+def test_parts_of_the_data_add_up_and_are_taken_up_again_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    made = case(name)
+    a, b = made.examples[:1], made.examples[1:]
+    seen = survey(made.model, batched(made.examples), masks(made.model))
+    first, second = (collect(made.model, part, ("gram", "kfac"), loss, masks(made.model), seen=seen) for part in (a, b))
+    total = second.merged(first)
+    for key, value in made.sums.tensors.items():
+        torch.testing.assert_close(total.tensors[key], value, rtol=1e-6, atol=1e-9 * float(value.abs().max()))
+    assert (total.tokens, total.uses) == (made.sums.tokens, made.sums.uses)
+    start = collect(made.model, a, ("kfac",), loss, masks(made.model), seen=seen)
+    write_sums(start, tmp_path / "part", {"batches": 1})
+    read, metadata = read_sums(tmp_path / "part")
+    assert metadata == {"batches": 1}
+    resumed = collect(made.model, b, ("kfac",), loss, masks(made.model), seen=seen, sums=read)
+    at_once = collect(made.model, made.examples, ("kfac",), loss, masks(made.model), seen=seen)
+    assert (resumed.tokens, resumed.uses, resumed.aliases) == (at_once.tokens, at_once.uses, at_once.aliases)
+    assert resumed.examples == len(made.examples)
+    assert resumed.tensors.keys() == at_once.tensors.keys()
+    assert all(torch.equal(value, at_once.tensors[key]) for key, value in resumed.tensors.items())
 
 
 def calls(

@@ -74,10 +74,10 @@ def survey(
     singly: bool | None = None,
     forward: ForwardFunction | None = None,
 ) -> Survey:
-    """See with one example of a batch what a model does with its parameters, and with all whether it mixes examples."""
+    """See with the longest example of a batch what a model does with its parameters, and with all whether it mixes examples."""
     with measuring(model):
         found = Sums()
-        watch, trial = _trial(model, _without_padding(batch)[0], found, masks, only, forward)
+        watch, trial = _trial(model, max(_without_padding(batch), key=_length), found, masks, only, forward)
         found.uses = trial.uses
         if singly is None and _batch_size(batch) > 1:
             singly = _mixes_examples(model, batch, found, masks, only, forward)
@@ -180,6 +180,11 @@ def _without_padding(batch: Batch) -> list[Batch]:
             cut["labels"] = int((labels != IGNORED).sum())
         found.append({key: value[:, : cut[key]] if key in cut else value for key, value in example.items()})
     return found
+
+
+def _length(example: Batch) -> int:
+    """Return the length of an example's shortest sequence: of one token, it cannot be told from its pairs of tokens."""
+    return min((v.shape[1] for v in example.values() if isinstance(v, Tensor) and v.dim() == 2), default=0)
 
 
 def _same_shape(value: Any, mask: Tensor) -> bool:
