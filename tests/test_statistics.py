@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,7 +55,7 @@ from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, c
 from mats_hub.statistics.collect import collect, survey
 from mats_hub.statistics.sketch import Sketch, nystrom
 from mats_hub.statistics.tasks import Columns, open_task
-from mats_hub.statistics.watch import linear_modules, transposed_modules
+from mats_hub.statistics.watch import Watch, linear_modules, transposed_modules
 
 EXAMPLES = 7
 ALL = ("gram", "kfac", "fisher", "block_fisher")
@@ -1322,6 +1324,25 @@ def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "broken.safetensors").exists()
     assert run("broken", 99).stdout == "2\n"
     assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_nothing_of_a_pass_is_kept_in_memory(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector, too, which does not see through the graph of the gradients."""
+    alive: weakref.WeakSet[Watch] = weakref.WeakSet()
+    begin = Watch.__init__
+
+    def counted(self: Watch, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        alive.add(self)
+
+    monkeypatch.setattr(Watch, "__init__", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        collect(case.model, case.data.batches(2), ("kfac",), case.data.loss, case.data.masks)
+    finally:
+        gc.enable()
+    assert not alive
 
 
 @pytest.mark.parametrize("kinds", [["kfac"], ["gram"], ["fisher"], ["kfac", "fisher", "block_fisher"]])

@@ -118,6 +118,8 @@ class Watch(TorchFunctionMode):
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
+        # Else the input and the hooks on the graph behind it would keep each other, and what they hold, for ever.
+        self._last = (None, "")
 
     # Modules that are their own kind
 
