@@ -169,7 +169,8 @@ def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
 def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
     """Return r ↦ P_B⁻¹ r P_A⁻¹ with the factors of `nearest_kronecker`, or None where there is none.
 
-    Each factor is damped by `damping` times its mean diagonal, so that a rank-deficient sum can be factored.
+    Each factor is damped by `damping` times its mean diagonal, so that a rank-deficient sum can be factored, and by more where
+    the curvatures were stored in a narrow dtype and rounding made one indefinite.
 
     Raises:
         NumericalError: a non-finite curvature, or one that is not positive semidefinite.
@@ -178,7 +179,7 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
     near = nearest_kronecker(system)
     if near is None:
         return None
-    left, right = (_damped_cholesky(matrix, damping) for matrix in (near.output, near.input))
+    left, right = (_damped_cholesky(matrix, damping, system.accuracy) for matrix in (near.output, near.input))
 
     def apply(residual: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(residual, left).mT, right).mT
@@ -375,15 +376,23 @@ def _refuse_negative(smallest: float, largest: float, eps: float = 0.0) -> None:
         raise NumericalError(f"negative curvature {smallest:.3g} beside {largest:.3g}: not positive semidefinite")
 
 
-def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
-    """Return L with L Lᵀ = matrix + `damping` · its mean diagonal · I."""
+def _damped_cholesky(matrix: Tensor, damping: float, accuracy: float = 0.0) -> Tensor:
+    """Return L with L Lᵀ = matrix + `damping` · its mean diagonal · I.
+
+    Rounding may have made a matrix indefinite that came with a larger rounding error, `accuracy`: it is damped more then, up
+    to 100 times that error.
+    """
     wide = _wide(matrix)
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    size = damping * _trace(wide) / wide.shape[-1]
-    factor, failed = torch.linalg.cholesky_ex(wide + torch.where(size == 0, 1, size)[..., None, None] * eye)
-    if failed.any():
-        raise NumericalError("a curvature that is non-finite or not positive semidefinite")
-    return factor.to(matrix)
+    mean = _trace(wide) / wide.shape[-1]
+    while True:
+        size = damping * mean
+        factor, failed = torch.linalg.cholesky_ex(wide + torch.where(size == 0, 1, size)[..., None, None] * eye)
+        if not failed.any():
+            return factor.to(matrix)
+        if damping >= 100 * accuracy:
+            raise NumericalError("a curvature that is non-finite or not positive semidefinite")
+        damping *= 10
 
 
 def _trace(matrix: Tensor) -> Tensor:

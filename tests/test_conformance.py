@@ -578,3 +578,31 @@ def test_damping_goes_from_the_solution_to_the_initialization(name):
         distances.append(float((solution.value - x0).norm()))
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 1e-6 * distances[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_curvatures_are_preconditioned_all_the_same(dtype):
+    """Of ill-conditioned factors, whose smallest eigenvalues the rounding of storage turns negative."""
+    size, eps = 60, torch.finfo(dtype).eps
+    scale = torch.logspace(0, -2, size, dtype=torch.float64)
+
+    def factor(seed: int) -> Tensor:
+        rows = draw(12, size, seed=seed)
+        gram = rows.T @ rows / 12
+        root = gram.diagonal().sqrt()
+        rounded = (gram / root / root[:, None]).to(dtype).double()
+        rounded.fill_diagonal_(1)
+        return rounded * scale * scale[:, None]
+
+    curvatures = [Kronecker(factor(seed), factor(seed + 9)) for seed in range(3)]
+    deltas = [draw(size, size, seed=20 + seed) for seed in range(3)]
+    assert torch.linalg.eigvalsh(sum(c.input for c in curvatures))[0] < 0
+    system = match(curvatures, deltas, [1.0] * 3, accuracy=eps)
+    preconditioner = kronecker_preconditioner(system)
+    x0 = sum(deltas) / 3
+    run = conjugate_gradient(system, x0, iterations=5, preconditioner=preconditioner)
+    assert run.residual < run.residuals[0]
+    with pytest.raises(NumericalError, match="not positive semidefinite"):
+        kronecker_preconditioner(
+            match([Kronecker(c.output, c.input - 0.01 * torch.eye(size)) for c in curvatures], deltas, [1.0] * 3)
+        )
