@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mats_hub.adapter import Ia3Adapter, LoraAdapter
@@ -19,12 +21,12 @@ from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
 from mats_hub.statistics.accumulate import Sums
-from mats_hub.statistics.collect import NO_EXAMPLE, collect, survey
+from mats_hub.statistics.collect import NO_EXAMPLE, Survey, collect, survey
 from mats_hub.statistics.file import Provenance, Statistics
-from mats_hub.statistics.parallel import join, local_device, total, wait
+from mats_hub.statistics.parallel import agreed, join, local_device, total, wait
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
-from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, Columns, generate, load_dataset, open_task
+from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, Columns, TaskData, generate, load_dataset, open_task
 from mats_hub.statistics.watch import transposed_modules
 
 MODULES = ("touched", "all")
@@ -128,16 +130,8 @@ def compute_statistics(
             f"{expert.kind} and the kind asked for is {kind or 'not given'}; leave for_adapter or the kind out"
         )
     rank = 64 if rank is None and for_adapter else rank
-    if rank is not None and rank < 1:
-        raise RecipeError(f"a sketch of rank {rank} (--rank) holds nothing; ask for 1 or more")
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
-    for choice, value, known in (
-        ("choice of modules", modules, MODULES),
-        ("source of labels", labels, LABELS),
-        ("device map", device_map, DEVICE_MAPS),
-    ):
-        if value is not None and value not in known:
-            raise RecipeError(unknown(choice, value, known))
+    _check_choices(rank, modules, labels, device_map)
     base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
     process, processes = join()
     place = choose_device(local_device(device))
@@ -148,12 +142,8 @@ def compute_statistics(
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
     files = [source, *([base_source] if base_source else [])]
     if dataset is None:
-        loaded, dataset_name, commit = (
-            generate(network, files, examples, max_length or 128, seed, place),
-            GENERATED,
-            None,
-        )
-        task = GENERATED_TASK
+        loaded = generate(network, files, examples, max_length or 128, seed, place)
+        dataset_name, commit, task = GENERATED, None, GENERATED_TASK
     else:
         loaded, dataset_name, commit = load_dataset(dataset, config, split, token)
         loaded = loaded.shuffle(seed=seed).select(range(examples)) if len(loaded) > examples else loaded
@@ -169,43 +159,35 @@ def compute_statistics(
     )
     if labels == "model":
         data.draw_labels(network, seed, place)
-    room = parse_size(memory) if memory is not None else free_memory(place, processes)
     one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding
     size = 1 if one_by_one else batch_size
-    steps = len(range(process * size, len(loaded), size * processes))
-    directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
-    sketch = Sketch(rank, directions, seed) if rank else None
     sample = next(data.batches(max(size, 2), place), None)
     if sample is None:
         raise StatisticsError(NO_EXAMPLE)
+    directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
+    sketch = Sketch(rank, directions, seed) if rank else None
     forward = data.forward if data.classes else None
     seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None, forward)
-    passes = divide(costs(network, seen, kinds, only, rank), room) or [[]]
+    room = parse_size(memory) if memory is not None else free_memory(place, processes)
+    passes = agreed(divide(costs(network, seen, kinds, only, rank), room) or [[]])
     weights = (source.fingerprint, base_source and base_source.fingerprint)
     choices = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
     settings = map(str, (*weights, loaded._fingerprint, *choices, processes, passes, __version__))
     record = Record(Path(output) if output else None, settings, process)
+    measurement = Measurement(network, data, kinds, sketch, seen, size, place, process, processes, progress or silent)
     sums, dropped = Sums(), 0.0
-    for number, names in enumerate(map(set, passes)):
-        part, done = record.load(number) or (seen.start(names, sketch, "kfac" in kinds) if seen else Sums(), 0)
-        name = f"statistics of {source.name}" + (f", pass {number + 1} of {len(passes)}" if len(passes) > 1 else "")
-        batches = data.batches(size, place, process + done * processes, processes)
-
-        def after(part: Sums, number: int = number) -> None:
-            record.save(number, part, (data.last_batch - process) // processes + 1)
-
-        shown = (progress or silent)(batches, steps - done, name)
-        part = collect(network, shown, kinds, data.loss, data.masks, names, sketch, seen, part, after, forward)
-        if len(passes) > 1:
-            record.save(number, part, steps, now=True)
-        part = total(part, place) if processes > 1 else part
+    for number, names in enumerate(passes):
+        of_several = f", pass {number + 1} of {len(passes)}" if len(passes) > 1 else ""
+        part = measurement.sums(
+            set(names), number, record, f"statistics of {source.name}{of_several}", bool(of_several)
+        )
         part.narrow()
         dropped = max(dropped, part.finish_sketches())
         if not expert.adapter:
             part.split_experts(stored_experts(network))
         if vectors:
             part.tensors = {_own_name(key): value for key, value in part.tensors.items()}
-        sums = sums.joined(record.finished(number, part) if len(passes) > 1 else part)
+        sums = sums.joined(record.finished(number, part) if of_several else part)
     provenance = Provenance(
         kinds=kinds,
         model=source.public_spec,
@@ -235,6 +217,84 @@ def compute_statistics(
         statistics = Statistics.load(output) if process == 0 else Statistics(provenance, Sums(examples=sums.examples))
     record.clear()
     return statistics
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How an expert's sums are measured, in as many passes over its data as they take.
+
+    Attributes:
+        network: the expert.
+        data: its task's data.
+        kinds: kinds of statistics.
+        sketch: how Grams are sketched, if they are.
+        seen: how the network treats its inputs; None where no Grams are measured.
+        size: examples of a batch.
+        place: where the network reads its inputs.
+        process: this process's number.
+        processes: how many share the batches.
+        show: shows the progress.
+
+    """
+
+    network: Any
+    data: TaskData
+    kinds: tuple[str, ...]
+    sketch: Sketch | None
+    seen: Survey | None
+    size: int
+    place: torch.device
+    process: int
+    processes: int
+    show: Progress
+
+    def sums(self, names: set[str], number: int, record: Record, title: str, keep: bool) -> Sums:
+        """Return the sums of one pass, of all processes; what is recorded of it already is not measured again.
+
+        Args:
+            names: the parameters that are measured.
+            number: of the pass.
+            record: what is done, and where it is recorded.
+            title: what is shown.
+            keep: whether to record the pass when it is done.
+
+        """
+        start = self.seen.start(names, self.sketch, "kfac" in self.kinds) if self.seen else Sums()
+        part, done = record.load(number) or (start, 0)
+        steps = len(range(self.process * self.size, len(self.data.dataset), self.size * self.processes))
+        batches = self.data.batches(self.size, self.place, self.process + done * self.processes, self.processes)
+
+        def after(part: Sums) -> None:
+            record.save(number, part, (self.data.last_batch - self.process) // self.processes + 1)
+
+        part = collect(
+            self.network,
+            self.show(batches, steps - done, title),
+            self.kinds,
+            self.data.loss,
+            self.data.masks,
+            names,
+            self.sketch,
+            self.seen,
+            part,
+            after,
+            self.data.forward if self.data.classes else None,
+        )
+        if keep:
+            record.save(number, part, steps, now=True)
+        return total(part, self.place) if self.processes > 1 else part
+
+
+def _check_choices(rank: int | None, modules: str, labels: str, device_map: str | None) -> None:
+    if rank is not None and rank < 1:
+        raise RecipeError(f"a sketch of rank {rank} (--rank) holds nothing; ask for 1 or more")
+    for choice, value, known in (
+        ("choice of modules", modules, MODULES),
+        ("source of labels", labels, LABELS),
+        ("device map", device_map, DEVICE_MAPS),
+    ):
+        if value is not None and value not in known:
+            raise RecipeError(unknown(choice, value, known))
 
 
 def _kinds(kind: str | Sequence[str], vectors: bool) -> tuple[str, ...]:

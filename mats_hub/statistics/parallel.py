@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,15 @@ def local_device(name: str) -> str:
     """Return the device of this process where ``auto`` was asked for and several share a machine's GPUs."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
+
+
+def agreed(value: Any) -> Any:
+    """Return the first process's value, in every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def wait() -> None:
