@@ -207,20 +207,20 @@ def test_a_merge_survives_a_reload_and_stops_when_told_to(visit, page_module, pu
     click(page, "Next: choose how")
     page.get_by_role("radio", name="Average").click()
     page.get_by_text("method: average").first.wait_for()
-    before = len(page_module.JOBS._jobs)
-    slow = page_module.JOBS.start(page_module.check_ids(recipe, page_module.EXAMPLE_EXPERTS), TOKEN, slowly)
+    before = len(page_module.do.JOBS._jobs)
+    slow = page_module.do.JOBS.start(page_module.do.check_ids(recipe, page_module.do.EXAMPLE_EXPERTS), TOKEN, slowly)
     click(page, "Next: see the plan")
     page.get_by_text("nothing stands in the way").wait_for()
     click(page, "Merge")
     page.get_by_text("Waiting: 1 before this one").wait_for()
-    assert len(page_module.JOBS._jobs) == before + 2
+    assert len(page_module.do.JOBS._jobs) == before + 2
     page.reload()
     page.get_by_role("button", name="Try the example").wait_for()
     other = visit()
     assert not other.get_by_text("Waiting").locator("visible=true").count(), "what one visitor merges is not another's"
-    page_module.JOBS.cancel(slow)
+    page_module.do.JOBS.cancel(slow)
     page.get_by_text("The least converged weights").wait_for()  # its own merge is done, and found again
-    job = page_module.JOBS.get(slow)
+    job = page_module.do.JOBS.get(slow)
     deadline = time.monotonic() + 60
     while not job.over and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -310,14 +310,14 @@ def test_paths_urls_and_local_folders_are_no_ids(page_module, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     good = Recipe.build(["a/b@refs/pr/1", {"model": "c/d", "statistics": "e/f"}], base="g/h", method="mats")
-    checked = page_module.check_ids(good, example)
+    checked = page_module.do.check_ids(good, example)
     assert [entry.name for entry in checked.experts] == ["b", "d"]
     for bad in (*HOSTILE, "owner/name", "a", "", "a/b/c"):
         for change in ({"model": bad}, {"model": "a/b", "statistics": bad}):
             with pytest.raises(ValueError, match="is no Hub id"):
-                page_module.check_ids(Recipe.build([change], base="g/h", method="mats"), example)
+                page_module.do.check_ids(Recipe.build([change], base="g/h", method="mats"), example)
         with pytest.raises(ValueError, match="is no Hub id"):
-            page_module.check_ids(Recipe.build(["a/b"], base=bad, method="average"), example)
+            page_module.do.check_ids(Recipe.build(["a/b"], base=bad, method="average"), example)
 
 
 def test_jobs_wait_for_each_other_and_are_forgotten(page_module, local, monkeypatch):
@@ -377,7 +377,7 @@ def test_the_front_matter_asks_for_the_least():
 def test_every_option_of_the_schema_is_on_the_page(page_module):
     from mats_hub.recipe import OPTION_OWNERS
 
-    shown = {name for fields in page_module.schema_fields().values() for name in fields}
+    shown = {name for fields in page_module.do.schema_fields().values() for name in fields}
     assert shown == set(OPTION_OWNERS)
-    for preset in page_module.PRESETS:
+    for preset in page_module.do.PRESETS:
         Recipe.build(["a/b"], base="c/d", **preset.options)

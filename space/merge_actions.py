@@ -1,0 +1,508 @@
+"""What the page does: every button's function, and the named actions that programs may call."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import os
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from merge_jobs import EXAMPLE, HUB_ID, Example, Job, Jobs, answers, check_ids, what_does_not_fit
+
+import mats_hub
+from mats_hub import MatsError, Recipe
+from mats_hub.browsing import read_card, read_recipe
+from mats_hub.methods import METHODS
+from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, Solver
+
+ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
+MAX_CURVES = 12
+
+JOBS, EXAMPLE_EXPERTS = Jobs(), Example()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to merge, in plain words.
+
+    Attributes:
+        title: what it is called.
+        text: what it does, in one sentence.
+        formula: what it solves.
+        options: its options, as of `Recipe.build`.
+
+    """
+
+    title: str
+    text: str
+    formula: str
+    options: dict[str, Any]
+
+
+PRESETS = [
+    Preset(
+        "MaTS, with statistics",
+        "Matches the experts in the directions that matter to each one's task. The best choice when every expert has statistics.",
+        r"(\sum_i w_i C_i)\,\theta = \sum_i w_i C_i\,\theta_i,\quad C_i = E[g g^\top] \otimes E[x x^\top]",
+        {
+            "method": "mats",
+            "curvature": "kfac",
+            "normalization": "trace",
+            "preconditioner": "kronecker",
+            "iterations": 30,
+            "damping": 0.3,
+        },
+    ),
+    Preset(
+        "MaTS, without data",
+        "The same, with directions told from the experts' own changes. Needs nothing but the experts and their base.",
+        r"C_i = \tau_i^\top \tau_i / \operatorname{mean}\operatorname{diag}",
+        {
+            "method": "mats",
+            "curvature": "task_vector",
+            "initialization": "task_arithmetic",
+            "scale": 0.4,
+        },
+    ),
+    Preset(
+        "RegMean",
+        "Makes every linear layer's outputs match the experts' on average, in closed form. Needs statistics of the inputs.",
+        METHODS["regmean"].equation,
+        {"method": "regmean"},
+    ),
+    Preset(
+        "TIES",
+        "Keeps each expert's largest changes and, where they disagree in sign, the side with more weight. Needs no data.",
+        METHODS["ties"].equation,
+        {"method": "ties"},
+    ),
+    Preset(
+        "Average",
+        "The mean of all weights. A point to compare with.",
+        METHODS["average"].equation,
+        {"method": "average"},
+    ),
+]
+TITLES = [preset.title for preset in PRESETS]
+
+
+def token_of(token: gr.OAuthToken | None) -> str | bool | None:
+    """Return the visitor's token; on a Space never the server's own."""
+    return token.token if token is not None else (False if ON_A_SPACE else None)
+
+
+# --- 1. experts
+
+
+def search(words: str, token: gr.OAuthToken | None) -> Any:
+    """Look for models on the Hub; an id stands for itself."""
+    words = words.strip()
+    if HUB_ID.fullmatch(words):
+        return gr.update(choices=[words], value=words, visible=True)
+    if not words or len(words) > 100:
+        raise gr.Error("Write some words of a model's name, or its id (owner/name).")
+    from mats_hub.source import hub_api, hub_errors
+
+    try:
+        with hub_errors("the Hub's models"):
+            found = [info.id for info in hub_api(token_of(token)).list_models(search=words, limit=12)]
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    if not found:
+        raise gr.Error(f"The Hub has no model that matches {words!r}.")
+    return gr.update(choices=found, value=found[0], visible=True)
+
+
+def add(chosen: str | None, experts: list[str]) -> tuple[list[str], Any]:
+    """Add an expert."""
+    if not chosen or not HUB_ID.fullmatch(chosen) or ".." in chosen:
+        raise gr.Error(f"{(chosen or '')[:80]!r} is no Hub id. Write owner/name or owner/name@revision.")
+    if chosen in experts:
+        raise gr.Error(f"{chosen} is there already.")
+    experts = [*(name for name in experts if not name.startswith(EXAMPLE)), chosen]
+    return experts, gr.update(choices=experts, value=[])
+
+
+def remove(marked: list[str], experts: list[str]) -> tuple[list[str], Any]:
+    """Take experts away."""
+    experts = [name for name in experts if name not in marked]
+    return experts, gr.update(choices=experts, value=[])
+
+
+def use_example(progress: gr.Progress = gr.Progress()) -> tuple[list[str], Any, str, str]:  # noqa: B008
+    """Take the example's experts, which are trained when nobody asked for them before."""
+
+    def shown(items: Any, total: int, description: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number % 20 == 0:
+                progress((number, total), desc=description)
+            yield item
+
+    EXAMPLE_EXPERTS.prepare(shown)
+    names = EXAMPLE_EXPERTS.ids
+    return names, gr.update(choices=names, value=[]), f"{EXAMPLE}base", TITLES[0]
+
+
+def cards(experts: list[str], base: str, token: gr.OAuthToken | None) -> str:
+    """Return the experts as a table, with every problem where it is; read from configs and headers alone."""
+    if not experts:
+        return "<p>No expert yet: search the Hub, or take the example.</p>"
+    try:
+        recipe = check_ids(Recipe.build(experts, base=base.strip() or None, method="average"), EXAMPLE_EXPERTS)
+        plan = mats_hub.make_plan(recipe, token_of(token))
+    except (MatsError, ValueError) as error:
+        return problem_list([str(error)])
+    names = list(experts)
+    rows = []
+    for expert in plan.experts:
+        size = sum(expert.source.sizes[name] for name in expert.source.weight_files)
+        licence = expert.source.front_matter.get("license") or "not stated"
+        found = "yes" if any(name.startswith("statistics") for name in expert.source.sizes) else "not beside it"
+        shown = next((name for name in names if name.partition("@")[0].rsplit("/", 1)[-1] == expert.name), expert.name)
+        rows.append((shown, expert.kind, f"{size / 1e6:.1f} MB", licence, found))
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("expert", "kind", "weights", "licence", "statistics"))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    base_line = f"<p>Base: <b>{html.escape(plan.base.source.name if plan.base else 'none; name it above')}</b></p>"
+    table = f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{base_line}"
+    fine = "" if plan.problems else "<p>✓ They fit together.</p>"
+    return table + fine + problem_list([str(problem) for problem in plan.problems])
+
+
+def problem_list(problems: list[str]) -> str:
+    """Return problems, each with its way out, as a list."""
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in problems)
+    return f"<div role='alert' class='problems'><b>What stands in the way</b><ul>{items}</ul></div>" if items else ""
+
+
+# --- 2. how
+
+
+def schema_fields() -> dict[str, dict[str, Any]]:
+    """Return part → option → its field, from the recipe's schema: the only list of options there is."""
+    starts: dict[str, Any] = {}
+    for options in INITIALIZATION_OPTIONS.values():
+        starts |= {name: field for name, field in options.model_fields.items() if name != "method"}
+    return {
+        "initialization": starts,
+        "curvature": {name: field for name, field in Curvature.model_fields.items() if name != "kind"},
+        "solver": {name: field for name, field in Solver.model_fields.items() if name != "method"},
+        "output": dict(PARTS["output"].model_fields),
+    }
+
+
+def component(name: str, field: Any) -> Any:
+    """Return the component for an option; empty means what the method implies."""
+    label, info = name.replace("_", " "), field.description
+    choices = [str(value) for value in typing.get_args(field.annotation) if isinstance(value, str)]
+    if choices:
+        return gr.Dropdown(["", *choices], value="", label=label, info=info)
+    return gr.Textbox("", label=label, info=info, max_length=60)
+
+
+def recipe_of(experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> str:
+    """Return the recipe of the form as YAML."""
+    if not experts:
+        raise gr.Error("Add experts first.")
+    options = dict(PRESETS[TITLES.index(preset)].options)
+    for name, value in zip(names, values, strict=True):
+        if value not in ("", None):
+            options[name] = tuple(str(value).split()) if name == "parameters" else value
+    try:
+        return Recipe.build(experts, base=base.strip() or None, **options).to_yaml()
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+
+
+def kept_or_written(text: str, experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> str:
+    """Return the recipe that is there while it is of these experts and base, so that nobody's edits are lost; else a new one."""
+    try:
+        recipe = Recipe.from_yaml(text)
+        if [entry.model for entry in recipe.experts] == experts and (recipe.base or "") == base.strip():
+            return text
+    except MatsError:
+        pass
+    return recipe_of(experts, base, preset, names, values)
+
+
+def explained(preset: str) -> str:
+    """Return what a preset does and solves."""
+    chosen = PRESETS[TITLES.index(preset)]
+    return f"{chosen.text}\n\n$$ {chosen.formula} $$"
+
+
+def link_to(text: str) -> str:
+    """Return what to add to the page's address so that it opens with this recipe."""
+    return "?recipe=" + base64.urlsafe_b64encode(text.encode()).decode() if text else ""
+
+
+def opened(request: gr.Request) -> tuple[str, list[str], Any, str]:
+    """Read the recipe of a shared link."""
+    packed = request.query_params.get("recipe", "")
+    if not packed or len(packed) > 20_000:
+        return "", [], gr.update(), ""
+    try:
+        text = base64.urlsafe_b64decode(packed.encode()).decode()
+    except ValueError:
+        return "", [], gr.update(), ""
+    return from_yaml(text)
+
+
+def from_yaml(text: str) -> tuple[str, list[str], Any, str]:
+    """Take the experts and the base of a recipe into the form."""
+    try:
+        recipe = Recipe.from_yaml(text)
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    experts = [entry.model for entry in recipe.experts]
+    return recipe.to_yaml(), experts, gr.update(choices=experts, value=[]), recipe.base or ""
+
+
+# --- 3. plan
+
+
+def plan_of(text: str, token: gr.OAuthToken | None) -> tuple[str, str, Any]:
+    """Return what a merge would do, what stands in the way, and whether it can be begun."""
+    try:
+        plan = mats_hub.make_plan(check_ids(Recipe.from_yaml(text), EXAMPLE_EXPERTS), token_of(token))
+    except (MatsError, ValueError) as error:
+        return "", problem_list([str(error)]), gr.update(interactive=False)
+    problems, lacking = [str(problem) for problem in plan.problems], []
+    if not problems:
+        lacking = what_does_not_fit(plan)
+    said = problem_list(problems)
+    if lacking:
+        said += problem_list(lacking) + (
+            "<p>It is too large for this machine. Save the recipe and run it on a larger one: "
+            "<code>mats-hub merge recipe.yaml --output merged/</code></p>"
+        )
+    return str(plan), said, gr.update(interactive=not (problems or lacking))
+
+
+# --- 4. merge
+
+
+def start(text: str, token: gr.OAuthToken | None) -> tuple[str, Any, Any]:
+    """Begin a merge in the background."""
+    try:
+        recipe = check_ids(Recipe.from_yaml(text), EXAMPLE_EXPERTS)
+        is_example = all(entry.model.startswith(EXAMPLE) for entry in Recipe.from_yaml(text).experts)
+        job = JOBS.start(recipe, token_of(token), EXAMPLE_EXPERTS.evaluate if is_example else None)
+    except (MatsError, ValueError, RuntimeError) as error:
+        raise gr.Error(str(error)) from None
+    return job, gr.Walkthrough(selected=3), gr.Timer(active=True)
+
+
+def curves_of(job: Job) -> pd.DataFrame:
+    """Return the residuals of the last solved tensors, as rows to plot."""
+    shown = list(job.curves.items())[-MAX_CURVES:]
+    rows = [
+        (step, math.log10(max(residual, 1e-12)), key.removesuffix(".weight"))
+        for key, residuals in shown
+        for step, residual in enumerate(residuals)
+        if step % max(len(residuals) // 40, 1) == 0
+    ]
+    return pd.DataFrame(rows, columns=["iteration", "log10 of the relative residual", "tensor"])
+
+
+def status(job: Job | None) -> str:
+    """Return where a merge is."""
+    if job is None:
+        return "<p>No merge is running.</p>"
+    if job.state == "waiting":
+        return f"<p role='status'>Waiting: {JOBS.ahead(job)} before this one.</p>"
+    if job.state == "running":
+        share = f"<progress max='{job.total or 1}' value='{job.done}' aria-label='progress'></progress>"
+        solved = f" · {len(job.curves)} tensors solved" if job.curves else ""
+        return f"<p role='status'>{html.escape(job.step or 'beginning')}: {job.done} of {job.total}{solved}</p>{share}"
+    if job.state == "done":
+        return "<p role='status'>✓ Merged.</p>"
+    if job.state == "cancelled":
+        return "<p role='status'>Stopped. Nothing of it was kept.</p>"
+    return problem_list([job.error])
+
+
+def poll(name: str | None) -> tuple[Any, ...]:
+    """Return what is to be shown of a merge now."""
+    job = JOBS.get(name)
+    running = job is not None and not job.over
+    plot = curves_of(job) if job is not None and job.curves else gr.skip()
+    done = job is not None and job.state == "done" and job.merged is not None
+    buttons = gr.update(interactive=running), gr.update(interactive=done)
+    now = (status(job), plot, gr.Timer(active=running), *buttons)
+    if job is None or job.merged is None or not done:
+        return *now, *(gr.skip() for _ in range(5))
+    card = (job.merged.folder / "README.md").read_text(encoding="utf-8")
+    return *now, gr.Walkthrough(selected=4), pictures(job), scores(job), worst(job), card
+
+
+def pictures(job: Job) -> list[tuple[str, str]]:
+    """Return the figures of a merge, with words for each."""
+    assert job.merged is not None
+    words = {
+        "results": "Score of each model on each task",
+        "convergence": "Relative residual of every solved weight",
+        "movement": "Norm of the task vectors of experts, start and merged model",
+    }
+    folder = job.merged.folder / "figures"
+    return [(str(folder / f"{name}.png"), text) for name, text in words.items() if (folder / f"{name}.png").exists()]
+
+
+def scores(job: Job) -> pd.DataFrame:
+    """Return a row for each task and a column for each model."""
+    assert job.merged is not None
+    rows = job.merged.report.results
+    if not rows:
+        return pd.DataFrame({"": ["no results: the page has no data of these experts' tasks"]})
+    table = pd.DataFrame(rows).pivot_table(index="task", columns="model", values="value", sort=False).round(3)
+    table.loc["mean"] = table.mean().round(3)
+    return table.reset_index()
+
+
+def worst(job: Job) -> pd.DataFrame:
+    """Return the layers that are least converged."""
+    assert job.merged is not None
+    solved = [record for record in job.merged.report.solved if record.residual is not None]
+    solved.sort(key=lambda record: -(record.residual or 0.0))
+    return pd.DataFrame(
+        [(record.key, record.iterations, f"{record.residual:.2e}", record.outcome) for record in solved[:8]],
+        columns=["weight", "iterations", "relative residual", "how it ended"],
+    )
+
+
+def try_it(name: str | None, text: str, image: Any) -> list[list[str]]:
+    """Return what the merged model says to an input, for each task."""
+    job = JOBS.get(name)
+    if job is None or job.merged is None:
+        raise gr.Error("Merge something first.")
+    if image is None and not text.strip():
+        raise gr.Error("Write a text, or choose an image.")
+    try:
+        return answers(job, image if image is not None else text)
+    except (MatsError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise gr.Error(f"The merged model cannot answer that: {error}") from None
+
+
+def example_image(number: float) -> Any:
+    """Return an image of the example's test data, enlarged."""
+    if not EXAMPLE_EXPERTS.data:
+        raise gr.Error("Take the example first.")
+    data = EXAMPLE_EXPERTS.data["upright-digit"]["test"]
+    return data[int(number) % len(data)]["image"]
+
+
+# --- 5. publish
+
+
+def body_of(card: str) -> str:
+    """Return a card without its front matter, and with words in place of figures that are beside it."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.DOTALL)
+    return re.sub(r"!\[([^\]]*)\]\(figures/[^)]*\)", r"*Figure: \1.*", body)
+
+
+def publish(
+    name: str | None,
+    repo_id: str,
+    private: bool,
+    as_pull_request: bool,
+    card: str,
+    profile: gr.OAuthProfile | None,
+    token: gr.OAuthToken | None,
+) -> str:
+    """Publish the merged model with its card, in one commit."""
+    job = JOBS.get(name)
+    if job is None or job.merged is None:
+        raise gr.Error("There is nothing to publish: merge something first. Merges are kept for an hour.")
+    if profile is None and (ON_A_SPACE or token is None):
+        raise gr.Error("Sign in with Hugging Face first.")
+    if not HUB_ID.fullmatch(repo_id.strip()) or "@" in repo_id:
+        raise gr.Error(f"{repo_id[:80]!r} is no name for a repository; write owner/name.")
+    (job.merged.folder / "README.md").write_text(card, encoding="utf-8")
+    try:
+        url = job.merged.push_to_hub(repo_id.strip(), token=token_of(token), private=private, create_pr=as_pull_request)
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    return f"Published: [{html.escape(repo_id.strip())}]({url})"
+
+
+def who(profile: gr.OAuthProfile | None) -> tuple[str, Any]:
+    """Say who is signed in, and suggest a name."""
+    if profile is None:
+        return "Not signed in.", gr.skip()
+    return f"Signed in as **{html.escape(profile.username)}**.", f"{profile.username}/merged-model"
+
+
+# --- browse
+
+
+def find_merges(words: str, author: str, token: gr.OAuthToken | None) -> pd.DataFrame:
+    """Return merges on the Hub that carry a recipe."""
+    try:
+        found = mats_hub.browse(words.strip() or None, author=author.strip() or None, token=token_of(token))
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    rows = [
+        (m.repo_id, m.method, ", ".join(m.experts), m.base or "", "" if m.mean is None else round(m.mean, 3), m.likes)
+        for m in found
+    ]
+    return pd.DataFrame(rows, columns=["model", "method", "experts", "base", "mean result", "likes"])
+
+
+def read(table: pd.DataFrame, event: gr.SelectData, token: gr.OAuthToken | None) -> tuple[str, str, str]:
+    """Return the chosen merge's id, card and lineage."""
+    name = str(table.iloc[event.index[0]]["model"])
+    try:
+        text = read_card(name, token_of(token))
+        tree = str(mats_hub.lineage(name, token_of(token)))
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    return name, body_of(text), tree
+
+
+def remix(name: str, token: gr.OAuthToken | None) -> tuple[str, list[str], Any, str, Any]:
+    """Take a published merge's recipe into the form."""
+    if not HUB_ID.fullmatch(name or ""):
+        raise gr.Error("Choose a merge in the table first.")
+    try:
+        recipe = read_recipe(name, token_of(token))
+    except MatsError as error:
+        raise gr.Error(str(error)) from None
+    return *from_yaml(recipe.to_yaml()), gr.Tabs(selected="merge")
+
+
+# --- named actions, for programs
+
+
+def plan_recipe(recipe: str, authorization: gr.Header | None = None) -> str:
+    """Say what a merge would do to every tensor, and every problem, without doing it.
+
+    Args:
+        recipe: the recipe as YAML, with Hub ids.
+        authorization: a Hub token as ``Bearer hf_…``, for private and gated models.
+
+    """
+    token = str(authorization).removeprefix("Bearer ") if authorization else (False if ON_A_SPACE else None)
+    try:
+        return str(mats_hub.make_plan(check_ids(Recipe.from_yaml(recipe), EXAMPLE_EXPERTS), token))
+    except (MatsError, ValueError) as error:
+        raise gr.Error(str(error)) from None
+
+
+def browse_merges(words: str = "", author: str = "") -> list[dict[str, Any]]:
+    """List merges on the Hub that carry a recipe: id, method, experts, base, mean result.
+
+    Args:
+        words: words in the id.
+        author: user or organization.
+
+    """
+    return [
+        {"id": m.repo_id, "method": m.method, "experts": list(m.experts), "base": m.base, "mean": m.mean}
+        for m in mats_hub.browse(words or None, author=author or None, token=False if ON_A_SPACE else None)
+    ]
