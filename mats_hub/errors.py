@@ -10,6 +10,7 @@
     ├── PlanError              everything that stands in the way of a merge, in one list
     ├── NumericalError         a non-finite value or a curvature that is not positive semidefinite
     ├── OutputError            the output folder cannot be written
+    ├── ResourceError          this machine has too little memory or disk for a merge
     └── HubError               a push that did not happen, or happened differently than asked
 
 Every message names the thing, the two facts that clash and the way out.
@@ -55,6 +56,10 @@ class NumericalError(MatsError):
 
 class OutputError(MatsError):
     """An output folder that cannot be written."""
+
+
+class ResourceError(MatsError):
+    """Too little memory or disk on this machine for a merge."""
 
 
 class HubError(MatsError):

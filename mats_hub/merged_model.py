@@ -153,6 +153,8 @@ def merge(
     target = check_output(output) if output is not None else None
     place = choose_device(device)
     plan = make_plan(recipe, token)
+    if not plan.problems:
+        plan.problems += plan.shortages(target if target is not None else Path(tempfile.gettempdir()))
     plan.raise_problems()
     base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
     if target is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import Checkpoint
-from mats_hub.errors import MatsError, PlanError
+from mats_hub.errors import MatsError, PlanError, ResourceError
 from mats_hub.expert import Expert
 from mats_hub.recipe import Recipe
 from mats_hub.source import Source, TensorHeader
@@ -152,6 +154,42 @@ class Plan:
                 working, 6 * sum(header.numel for header in self.base.headers.values())
             )  # PEFT holds the base
         return INTERPRETER_BYTES + working
+
+    def shortages(self, output: Path, share: float = 1.0) -> list[ResourceError]:
+        """Return what this machine has too little of for the merge.
+
+        Args:
+            output: where it is written; what has to be fetched goes into the Hub's cache.
+            share: of what is free, that the merge may take.
+
+        """
+        import psutil
+        from huggingface_hub import constants
+
+        found = []
+        free = share * psutil.virtual_memory().available
+        if self.peak_memory_bytes > free:
+            found.append(
+                ResourceError(
+                    f"the merge needs about {human_bytes(self.peak_memory_bytes)} of memory, but {human_bytes(free)} are free. "
+                    "Measure statistics as sketches (--rank), merge adapters as adapters (--format adapter), or take another machine"
+                )
+            )
+        wanted: dict[Path, int] = {}
+        for folder, size in ((output, self.disk_bytes), (Path(constants.HF_HUB_CACHE), self.bytes_to_fetch)):
+            there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+            disk = next((known for known in wanted if known.stat().st_dev == there.stat().st_dev), there)
+            wanted[disk] = wanted.get(disk, 0) + size
+        for folder, size in wanted.items():
+            free = share * shutil.disk_usage(folder).free
+            if size > free:
+                found.append(
+                    ResourceError(
+                        f"the merge needs {human_bytes(size)} of disk under {str(folder)!r}, but {human_bytes(free)} are free. "
+                        "Make room, write elsewhere (--output), or put the Hub's cache on another disk (HF_HOME)"
+                    )
+                )
+        return found
 
     def in_factors(self, entry: Entry) -> bool:
         """Tell whether a weight of a merge into a LoRA adapter is merged in the experts' factors, and not as a dense matrix.

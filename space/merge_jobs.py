@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import mats_hub
 from mats_hub import MatsError, MergedModel, Plan, Recipe, demo
 
@@ -243,15 +241,8 @@ def check_ids(recipe: Recipe, example: Example) -> Recipe:
 
 
 def what_does_not_fit(plan: Plan) -> list[str]:
-    """Return what this machine has too little of for a merge."""
-    free = psutil.virtual_memory().available, shutil.disk_usage(tempfile.gettempdir()).free
-    wanted = plan.peak_memory_bytes, plan.disk_bytes + plan.bytes_to_fetch
-    pairs = zip(("memory", "disk"), wanted, free, strict=True)
-    return [
-        f"{what}: about {need / 1e9:.1f} GB are needed, {there / 1e9:.1f} GB are free here"
-        for what, need, there in pairs
-        if need > FREE_SHARE * there
-    ]
+    """Return what this machine has too little of for a merge, with what helps."""
+    return [str(problem) for problem in plan.shortages(Path(tempfile.gettempdir()), FREE_SHARE)]
 
 
 def answers(job: Job, given: Any) -> list[list[str]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import models
 import torch
+from hub_server import LocalHub
 from transformers import BertForSequenceClassification
 
+EXPERT_CARD = "---\nlicense: apache-2.0\n---\n# an expert\n"
 LABELS = {"alpha": 2, "beta": 3, "gamma": 2}
 
 
@@ -43,6 +45,14 @@ def make_family(root: Path, dtype: torch.dtype = torch.float32, card: str = "", 
         rows = [{"text": text, "label": index % count} for index, text in enumerate(texts)]
         family.data(name).write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return family
+
+
+def publish(hub: LocalHub, family: Family, token: str | None = None) -> str:
+    """Put the family on the Hub as alice's and return her token."""
+    token = hub.add_user("alice", token=token)
+    for folder in (family.base, *family.experts):
+        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    return token
 
 
 def save_expert(family: Family, name: str, labels: int, seed: int, dtype: torch.dtype = torch.float32) -> None:

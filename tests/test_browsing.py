@@ -20,21 +20,18 @@ from mats_hub.cli import main
 from mats_hub.errors import MatsError, RecipeError, SourceError
 from mats_hub.recipe import Recipe
 
-CARD = "---\nlicense: apache-2.0\n---\n# an expert\n"
 EXPERTS = [f"alice/{name}" for name in families.LABELS]
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    return families.make_family(tmp_path_factory.mktemp("family"), card=CARD)
+    return families.make_family(tmp_path_factory.mktemp("family"), card=families.EXPERT_CARD)
 
 
 @pytest.fixture
 def token(hub, local):
     """Put the family on the Hub as alice's and return her token."""
-    token = hub.add_user("alice")
-    for folder in (local.base, *local.experts):
-        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    token = families.publish(hub, local)
     return token
 
 

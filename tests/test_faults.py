@@ -18,21 +18,18 @@ from mats_hub.cli import main
 from mats_hub.errors import HubError, MatsError, SourceError
 
 WEIGHTS = "model.safetensors"
-CARD = "---\nlicense: apache-2.0\n---\n# an expert\n"
 EXPERTS = [f"alice/{name}" for name in families.LABELS]
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    return families.make_family(tmp_path_factory.mktemp("family"), card=CARD)
+    return families.make_family(tmp_path_factory.mktemp("family"), card=families.EXPERT_CARD)
 
 
 @pytest.fixture
 def token(hub, local, monkeypatch):
     """Put the family on the Hub as alice's and return her token; waiting between tries takes no time."""
-    token = hub.add_user("alice")
-    for folder in (local.base, *local.experts):
-        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    token = families.publish(hub, local)
     monkeypatch.setattr(source.time, "sleep", lambda seconds: None)
     return token
 

@@ -30,10 +30,7 @@ def local(tmp_path_factory):
 @pytest.fixture
 def published(hub, local):
     """Put the family on the Hub as alice's and return her token."""
-    token = hub.add_user("alice")
-    for folder in (local.base, *local.experts):
-        files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
-        hub.create(f"alice/{Path(folder).name}", files)
+    token = families.publish(hub, local)
     return token
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import family as families
 import models
@@ -502,3 +504,38 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     )
     growth = int(run.stdout.split()[-1])  # KiB, as the models' sizes
     assert growth < 0.1 * (sizes["deep"] - sizes["shallow"])  # of the four models that are read, 4.0 times that
+
+
+def test_a_merge_without_room_is_refused_before_anything_is_written(family, tmp_path, monkeypatch):
+    plan = mats_hub.make_plan(mats_hub.Recipe.build(family.experts, base=family.base, method="average"))
+    assert plan.shortages(tmp_path / "not" / "there" / "yet") == []
+    short = SimpleNamespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: short)
+    text = problem(family.experts, base=family.base, method="average", output=tmp_path / "out")
+    assert re.search(r"ResourceError: the merge needs .* of disk under .*, but 1\.0 kB are free", text)
+    monkeypatch.undo()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    text = problem(family.experts, base=family.base, method="average", output=tmp_path / "out")
+    assert re.search(r"ResourceError: the merge needs about .* of memory, but 1\.0 MB are free", text)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_fills_up_leaves_nothing_half_written(family, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=False, capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        text = problem(family.experts, base=family.base, method="average", output=disk / "out")
+        assert "of disk under" in text
+        monkeypatch.setattr("mats_hub.plan.Plan.shortages", lambda plan, output: [])  # as when others fill it meanwhile
+        text = problem(family.experts, base=family.base, method="average", output=disk / "out")
+        assert "No space left on device" in text
+        assert "nothing was left there" in text
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -26,7 +26,6 @@ SPACE = Path(mats_hub.__file__).parents[1] / "space"
 sys.path.insert(0, str(SPACE))
 TOKEN = "mock-oauth-token-for-local-dev"  # what Gradio hands out to whoever signs in outside of a Space
 ALICE = {"name": "alice", "fullname": "Alice", "avatarUrl": "", "type": "user", "id": "1", "orgs": []}
-CARD = "---\nlicense: apache-2.0\n---\n# an expert\n"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser_test = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
@@ -100,15 +99,13 @@ def visit(chromium, served):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    return families.make_family(tmp_path_factory.mktemp("family"), card=CARD)
+    return families.make_family(tmp_path_factory.mktemp("family"), card=families.EXPERT_CARD)
 
 
 @pytest.fixture
 def published(hub, local):
     """Put the family on the Hub as alice's, whose token is the one that the page hands out."""
-    hub.add_user("alice", token=TOKEN)
-    for folder in (local.base, *local.experts):
-        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    families.publish(hub, local, TOKEN)
     return hub
 
 
@@ -359,9 +356,9 @@ def test_what_is_too_large_is_said(page_module, local, monkeypatch):
 
     plan = mats_hub.make_plan(Recipe.build(local.experts, base=local.base, method="average"))
     assert merge_jobs.what_does_not_fit(plan) == []
-    monkeypatch.setattr(merge_jobs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     [said] = merge_jobs.what_does_not_fit(plan)
-    assert said.startswith("memory: about ")
+    assert "of memory, but 800 B are free" in said
 
 
 def test_the_front_matter_asks_for_the_least():

@@ -24,9 +24,7 @@ def local(tmp_path_factory):
 @pytest.fixture
 def token(hub, local):
     """Put the family on the Hub as alice's and return her token."""
-    token = hub.add_user("alice")
-    for folder in (local.base, *local.experts):
-        hub.create(f"alice/{Path(folder).name}", {p.name: p.read_bytes() for p in Path(folder).iterdir()})
+    token = families.publish(hub, local)
     return token
 
 
