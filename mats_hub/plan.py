@@ -172,7 +172,7 @@ class Plan:
             found.append(
                 ResourceError(
                     f"the merge needs about {human_bytes(self.peak_memory_bytes)} of memory, but {human_bytes(free)} are free. "
-                    "Measure statistics as sketches (--rank), merge adapters as adapters (--format adapter), or take another machine"
+                    "Measure statistics as sketches (--rank), merge into an adapter (--format adapter), or use a larger machine"
                 )
             )
         wanted: dict[Path, int] = {}
