@@ -15,7 +15,8 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 
 CSS = """
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-.katex-display { overflow-x: auto; overflow-y: hidden } th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
+.katex-display { overflow-x: auto; overflow-y: hidden }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
 .problems { border-left: 4px solid #c92a2a; padding: .4rem .8rem; margin: .5rem 0 } progress { width: 100%; height: 1rem }
 #tried img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 """
