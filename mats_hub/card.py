@@ -89,7 +89,7 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
     return {key: value for key, value in content.items() if value}
 
 
-def validate_card(text: str, token: str | bool | None = None) -> None:
+def validate_card(text: str) -> None:
     """Have the Hub check a card's front matter.
 
     Raises:
@@ -109,9 +109,11 @@ def validate_card(text: str, token: str | bool | None = None) -> None:
             answer = get_session().post(
                 f"{constants.ENDPOINT}/api/validate-yaml", json={"content": text, "repoType": "model"}
             )
+            if answer.status_code >= 500:
+                raise HubError(
+                    f"the model card cannot be checked: the Hub answered {answer.status_code}; try again later"
+                )
             found = "; ".join(str(error["message"]) for error in answer.json().get("errors") or ())
-            if not found and answer.status_code >= 400:
-                found = f"answer {answer.status_code}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             found = str(error)
     if found:

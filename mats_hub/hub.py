@@ -57,7 +57,7 @@ def push(
     path = Path(folder)
     report = MergeReport.from_mapping(open_source(path).json(REPORT_FILE))
     card = _card_for(path, report, repo_id)
-    validate_card(card, token)
+    validate_card(card)
     api = hub_api(token)
     with hub_errors(repo_id, HubError):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -232,7 +232,7 @@ def push_statistics(
         if source is not None:
             statistics.check_expert(target, source.fingerprint, source.public_spec)
         card = _statistics_card(statistics, source, expert)
-        validate_card(card, token)
+        validate_card(card)
         if source is None:
             api.create_repo(target, private=private, exist_ok=True)
         if create_pr is None:

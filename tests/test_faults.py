@@ -214,3 +214,13 @@ def test_rights_are_checked_before_anything_is_fetched(hub, token, tmp_path, cap
 def test_the_errors_of_a_source_are_ours():
     with pytest.raises(SourceError):
         source.open_source("alice/never-was", False)
+
+
+def test_a_card_that_cannot_be_checked_is_not_called_a_bad_one(hub, token, merged):
+    hub.fault("status", path="/api/validate-yaml", status=503)
+    with pytest.raises(HubError, match=r"cannot be checked: the Hub answered 503"):
+        merged.push_to_hub("alice/merged", token=token)
+    hub.fault("drop", path="/api/validate-yaml")
+    with pytest.raises(HubError, match=r"cannot reach the Hub"):
+        merged.push_to_hub("alice/merged", token=token)
+    assert hub.find("alice/merged") is None
