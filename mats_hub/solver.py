@@ -54,6 +54,9 @@ class Solution:
     iterates: dict[int, Tensor] = field(default_factory=dict)
 
 
+NARROW = 1e-5
+"""Rounding error above which curvatures count as stored in a narrower dtype than float32."""
+
 Preconditioner = Callable[[Tensor], Tensor]
 Accuracy = tuple[float, float]
 """`LinearSystem.eps` and `LinearSystem.accuracy`."""
@@ -107,7 +110,9 @@ def conjugate_gradient(
         # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
         size = _norm(p) ** 2
         largest = max(largest, curvature / size) if size > 0 else largest
-        low = abs(curvature) <= rounding * largest * size or -system.accuracy * largest * size <= curvature <= 0
+        # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
+        narrow = system.accuracy > NARROW and curvature <= 0
+        low = narrow or abs(curvature) <= rounding * largest * size
         if ry <= 0 or low or left <= rounding * largest * travelled:
             outcome = Outcome.ROUNDING
             break

@@ -602,6 +602,11 @@ def test_rounded_curvatures_are_preconditioned_all_the_same(dtype):
     x0 = sum(deltas) / 3
     run = conjugate_gradient(system, x0, iterations=5, preconditioner=preconditioner)
     assert run.residual < run.residuals[0]
+    far = conjugate_gradient(system, x0, iterations=2000, preconditioner=preconditioner)
+    assert far.outcome is Outcome.ROUNDING
+    assert far.residual < run.residuals[0]
+    with pytest.raises(NumericalError, match="negative curvature"):
+        conjugate_gradient(match(curvatures, deltas, [1.0] * 3), x0, iterations=2000, preconditioner=preconditioner)
     with pytest.raises(NumericalError, match="not positive semidefinite"):
         kronecker_preconditioner(
             match([Kronecker(c.output, c.input - 0.01 * torch.eye(size)) for c in curvatures], deltas, [1.0] * 3)
