@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,3 +382,25 @@ def test_every_option_of_the_schema_is_on_the_page(page_module):
     assert shown == set(OPTION_OWNERS)
     for preset in page_module.do.PRESETS:
         Recipe.build(["a/b"], base="c/d", **preset.options)
+
+
+@pytest.mark.slow
+def test_the_page_is_served_by_the_command_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "mats_hub", "ui", "--port", str(port)], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert "MaTS Merge" in answer.read().decode()
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait(20)
