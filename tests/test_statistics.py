@@ -52,6 +52,7 @@ from mats_hub.errors import (
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import open_source
 from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics, passes
+from mats_hub.statistics import measure as measuring
 from mats_hub.statistics.collect import collect, survey
 from mats_hub.statistics.sketch import Sketch, nystrom
 from mats_hub.statistics.tasks import Columns, open_task
@@ -1294,6 +1295,32 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(
     seen.clear()
     assert measure("other", counted) == expected  # what other settings left behind is not used
     assert seen == passes_of_four
+
+
+def test_an_interrupted_measurement_keeps_its_passes_when_memory_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "SAVE_EVERY", -1e9)
+    FACTORIES["bert"](tmp_path / "expert", seed=2)
+    told: list[str] = []
+
+    def counted(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+        told.append(f"{description}: {total}")
+        return items
+
+    def measure(progress: Any, free: float) -> None:
+        monkeypatch.setattr(measuring, "free_memory", lambda place, processes: free)
+        compute_statistics(
+            tmp_path / "expert", dataset=examples_of("bert", 6), batch_size=2, device="cpu", progress=progress,
+            output=tmp_path / "statistics.safetensors",
+        )  # fmt: skip
+
+    with pytest.raises(Stop):
+        measure(stop_after(4), 20_000)  # in the second pass
+    measure(counted, 60_000)
+    count = len(told)
+    assert count > 2
+    assert told[:2] == [f"statistics of expert, pass 1 of {count}: 0", f"statistics of expert, pass 2 of {count}: 2"]
 
 
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:

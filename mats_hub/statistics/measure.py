@@ -169,11 +169,11 @@ def compute_statistics(
     forward = data.forward if data.classes else None
     seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None, forward)
     room = parse_size(memory) if memory is not None else free_memory(place, processes)
-    passes = agreed(divide(costs(network, seen, kinds, only, rank), room) or [[]])
     weights = (source.fingerprint, base_source and base_source.fingerprint)
     choices = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
-    settings = map(str, (*weights, loaded._fingerprint, *choices, processes, passes, __version__))
+    settings = map(str, (*weights, loaded._fingerprint, *choices, processes, memory, __version__))
     record = Record(Path(output) if output else None, settings, process)
+    passes = agreed(record.passes(divide(costs(network, seen, kinds, only, rank), room) or [[]]))
     measurement = Measurement(network, data, kinds, sketch, seen, size, place, process, processes, progress or silent)
     sums, dropped = Sums(), 0.0
     for number, names in enumerate(passes):

@@ -115,7 +115,15 @@ class Record:
     def __init__(self, output: Path | None, settings: Iterable[str], process: int = 0) -> None:
         self._folder = output and output.with_name(f".{output.name}.progress")
         self._process, self._saved, self._cost = process, time.monotonic(), 0.0
+        self._passes: list[list[str]] = []
         self._digest = hashlib.sha256("\0".join(settings).encode()).hexdigest()
+
+    def passes(self, proposed: list[list[str]]) -> list[list[str]]:
+        """Return the passes of what was recorded, and where nothing was, those proposed: free memory is never the same twice."""
+        found = read_sums(self._file(0)) if self._folder else None
+        known = found is not None and found[1].get("settings") == self._digest
+        self._passes = found[1]["passes"] if found and known else proposed
+        return self._passes
 
     def load(self, number: int) -> tuple[Sums, int] | None:
         """Return the sums that were recorded of a pass, and the number of batches that they are of."""
@@ -128,7 +136,7 @@ class Record:
         """Record a pass after so many batches, if the last record is old enough."""
         started = time.monotonic()
         if self._folder and (now or started - self._saved >= SAVE_EVERY + 20 * self._cost):
-            write_sums(sums, self._file(number), {"settings": self._digest, "batches": batches})
+            write_sums(sums, self._file(number), {"settings": self._digest, "batches": batches, "passes": self._passes})
             self._saved = time.monotonic()
             self._cost = self._saved - started
 
@@ -138,7 +146,7 @@ class Record:
             return sums
         path = self._folder / f"finished-{number}-{self._process}.safetensors"
         write_sums(sums, path, {})
-        sums.tensors = {}  # hooks of the pass may hold these sums for a while
+        sums.tensors = {}  # whoever still holds them need not keep them in memory while the next pass is measured
         return Sums(**{**vars(sums), "tensors": StoredTensors(path)})
 
     def clear(self) -> None:
