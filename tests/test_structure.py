@@ -36,6 +36,8 @@ FLOORS = (
     ("adapter_merging", "card"),
     ("hub", "merged_model"),
     ("demo", "browsing", "replaying"),
+    ("cli.recipes", "cli.statistics"),
+    ("cli.browsing",),
     ("cli",),
     ("__main__",),
 )
