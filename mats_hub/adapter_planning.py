@@ -42,7 +42,7 @@ def settle_format(plan: Plan) -> None:
         if isinstance(expert.adapter, FoldedAdapter):
             plan.notes.append(
                 f"expert {expert.name!r} is a {expert.kind}: PEFT merges it into its base first, which needs the whole base in "
-                "memory"
+                f"memory{' and in the cache, streamed or not' if plan.streamed else ''}"
             )
 
 

@@ -25,7 +25,7 @@ def open_base(plan: Plan, token: str | bool | None) -> None:
             )
         return
     try:
-        source = open_source(spec, token)
+        source = open_source(spec, token, plan.streamed)
         if plan.recipe.output.format == "adapter":
             plan.base = outline(plan, source)
         else:

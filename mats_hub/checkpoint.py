@@ -12,22 +12,10 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError
-from mats_hub.source import DTYPE_BYTES, Source, TensorHeader
+from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, TensorHeader
+from mats_hub.streaming import StreamedFile
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+TORCH_DTYPES = {name: getattr(torch, own) for name, own in TORCH_DTYPE_NAMES.items()}
 
 
 CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
@@ -80,6 +68,7 @@ class Checkpoint:
         self.config: dict[str, Any] = source.json("config.json")
         check_fields(self.config, CONFIG_FIELDS, f"{source.spec!r}: config.json")
         self.headers: dict[str, TensorHeader] = dict(headers or {})
+        self._streams: dict[str, StreamedFile] = {}
         if headers is not None:
             return
         if self.config.get("quantization_config"):
@@ -110,6 +99,10 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         filename = self.headers[name].file
+        if filename in self._streams or self.source.is_streamed(filename):
+            if filename not in self._streams:
+                self._streams[filename] = StreamedFile(self.source, filename)
+            return self._streams[filename].tensor(name)
         try:
             # Opened anew for each tensor, so that a file's pages are given back with the tensors read from it.
             with safe_open(self.source.path(filename), framework="pt") as file:
@@ -118,6 +111,16 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again"
             ) from None
+
+    def finish(self) -> None:
+        """End a reading of all that is wanted: files that were read by range are checked against their hashes.
+
+        Raises:
+            SourceError: a file has other bytes than the Hub says.
+
+        """
+        for stream in self._streams.values():
+            stream.finish()
 
 
 class CheckpointWriter:

@@ -120,6 +120,7 @@ def merge(
     output: str | Path | None = None,
     device: str = "auto",
     token: str | bool | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
     **options: Any,
@@ -133,6 +134,7 @@ def merge(
             returned object (`save` keeps it).
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         token: Hub token; the one stored on this machine otherwise.
+        stream: whether weights that are not on this machine are read from the Hub tensor by tensor, and never stored.
         progress: wraps the iteration over tensors (iterable, total, description) to show it.
         watch: called with the `TensorRecord` of every tensor as soon as it is merged.
         **options: recipe options when `experts` is a list: ``base``, ``method``, ``scale``, ``iterations``, …
@@ -152,7 +154,7 @@ def merge(
     recipe = as_recipe(experts, **options)
     target = check_output(output) if output is not None else None
     place = choose_device(device)
-    plan = make_plan(recipe, token)
+    plan = make_plan(recipe, token, stream)
     if not plan.problems:
         plan.problems += plan.shortages(target if target is not None else Path(tempfile.gettempdir()))
     plan.raise_problems()
@@ -241,6 +243,7 @@ def _write_all(
         _write_config(plan, folder)
     for expert in plan.experts:
         _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
+    plan.finish_reading()
     notes = [*plan.notes, *_copy_companions(plan, folder)]
     (folder / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
     report = MergeReport(

@@ -241,6 +241,7 @@ def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float
             for expert, rank, delta in zip(plan.experts, ranks, deltas, strict=True):
                 if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
                     rank.add(delta)
+        plan.finish_reading()
         if number == 1:
             for rank in ranks:
                 rank.narrow()

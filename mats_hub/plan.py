@@ -14,9 +14,10 @@ from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import MatsError, PlanError, ResourceError
 from mats_hub.expert import Expert
-from mats_hub.recipe import Recipe
+from mats_hub.recipe import Recipe, Ties
 from mats_hub.source import Source, TensorHeader
 from mats_hub.statistics.file import Statistics
+from mats_hub.streaming import AHEAD, CHUNK_BYTES
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LINEAR_INITIALIZATIONS = ("average", "task_arithmetic")
@@ -83,6 +84,7 @@ class Plan:
         kept: expert's name → its own tensors that go into its task's head.
         problems: everything that stands in the way; the merge is refused unless it is empty.
         notes: what a careful reader would want to know.
+        streamed: whether weights that are not on this machine are read by range and never stored.
 
     """
 
@@ -96,6 +98,7 @@ class Plan:
     kept: dict[str, list[str]] = field(default_factory=dict)
     problems: list[MatsError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    streamed: bool = False
 
     @property
     def reference(self) -> Checkpoint:
@@ -122,15 +125,37 @@ class Plan:
     @cached_property
     def is_double(self) -> bool:
         """Whether a model is stored in float64, so that everything is computed in it."""
-        held = [self.base_weights, *(expert.checkpoint for expert in self.experts)]
-        return any(header.dtype == "F64" for checkpoint in held if checkpoint for header in checkpoint.headers.values())
+        return any(header.dtype == "F64" for held in self.checkpoints for header in held.headers.values())
 
     @property
     def bytes_to_fetch(self) -> int:
-        """Bytes that the merge downloads: weight files that are not on this machine yet."""
-        sources = [expert.source for expert in self.experts]
-        sources += [self.base_weights.source] if self.base_weights else []
-        return sum(missing_bytes(source) for source in sources)
+        """Bytes that the merge downloads: weight files that are not on this machine yet; streamed, once for each reading."""
+        return sum(missing_bytes(source) for source in self._sources) * (self.readings if self.streamed else 1)
+
+    @property
+    def readings(self) -> int:
+        """How often every task vector is read."""
+        start = self.recipe.initialization
+        return 3 if isinstance(start, Ties) and start.trim == "global" else 1
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [checkpoint.source for checkpoint in self.checkpoints]
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The experts' weights, and the base's where any are read."""
+        return [*(expert.checkpoint for expert in self.experts), *([self.base_weights] if self.base_weights else [])]
+
+    def finish_reading(self) -> None:
+        """End one reading of all weights: what was streamed is checked against the Hub's hashes.
+
+        Raises:
+            SourceError: a file has other bytes than the Hub says.
+
+        """
+        for checkpoint in self.checkpoints:
+            checkpoint.finish()
 
     @property
     def disk_bytes(self) -> int:
@@ -153,7 +178,8 @@ class Plan:
             working = max(
                 working, 6 * sum(header.numel for header in self.base.headers.values())
             )  # PEFT holds the base
-        return INTERPRETER_BYTES + working
+        streams = sum(any(map(source.is_streamed, source.weight_files)) for source in self._sources)
+        return INTERPRETER_BYTES + working + streams * (AHEAD + 1) * CHUNK_BYTES
 
     def shortages(self, output: Path, share: float = 1.0) -> list[ResourceError]:
         """Return what this machine has too little of for the merge.
@@ -176,7 +202,8 @@ class Plan:
                 )
             )
         wanted: dict[Path, int] = {}
-        for folder, size in ((output, self.disk_bytes), (Path(constants.HF_HUB_CACHE), self.bytes_to_fetch)):
+        stored = 0 if self.streamed else self.bytes_to_fetch
+        for folder, size in ((output, self.disk_bytes), (Path(constants.HF_HUB_CACHE), stored)):
             there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
             disk = next((known for known in wanted if known.stat().st_dev == there.stat().st_dev), there)
             wanted[disk] = wanted.get(disk, 0) + size
@@ -186,7 +213,8 @@ class Plan:
                 found.append(
                     ResourceError(
                         f"the merge needs {human_bytes(size)} of disk under {str(folder)!r}, but {human_bytes(free)} are free. "
-                        "Make room, write elsewhere (--output), or put the Hub's cache on another disk (HF_HOME)"
+                        "Make room, write elsewhere (--output), put the Hub's cache on another disk (HF_HOME), or keep no "
+                        "expert on this machine (--stream)"
                     )
                 )
         return found
@@ -249,8 +277,9 @@ class Plan:
             lines.append(", ".join(f"{action}: {count} tensors" for action, count in self.counts().items()))
         lines += [f"kept for {name}: {', '.join(own)}" for name, own in self.kept.items() if own]
         if self.entries:
+            fetch = f"to stream, in {self.readings} readings" if self.streamed else "to fetch"
             lines.append(
-                f"to fetch: {human_bytes(self.bytes_to_fetch)}; memory: about {human_bytes(self.peak_memory_bytes)}; "
+                f"{fetch}: {human_bytes(self.bytes_to_fetch)}; memory: about {human_bytes(self.peak_memory_bytes)}; "
                 f"disk: {human_bytes(self.disk_bytes)}"
             )
         lines += [f"note: {note}" for note in self.notes]

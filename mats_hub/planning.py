@@ -33,15 +33,16 @@ CURVATURE_CLASSES = {
 }
 
 
-def make_plan(recipe: Recipe, token: str | bool | None = None) -> Plan:
+def make_plan(recipe: Recipe, token: str | bool | None = None, stream: bool = False) -> Plan:
     """Return the plan of a recipe; its problems are listed in it, not raised.
 
     Args:
         recipe: what to merge and how.
         token: Hub token; the one stored on this machine otherwise.
+        stream: whether weights that are not on this machine are to be read by range, and never stored.
 
     """
-    plan = Plan(recipe)
+    plan = Plan(recipe, streamed=stream)
     _open_experts(plan, token)
     settle_format(plan)
     open_base(plan, token)
@@ -67,7 +68,7 @@ def make_plan(recipe: Recipe, token: str | bool | None = None) -> Plan:
 def _open_experts(plan: Plan, token: str | bool | None) -> None:
     for entry in plan.recipe.experts:
         try:
-            source = open_source(entry.model, token)
+            source = open_source(entry.model, token, plan.streamed)
             expert = Expert(source, entry.name or source.name, entry.weight)
             if not re.fullmatch(NAME_PATTERN, expert.name):
                 raise RecipeError(f"{entry.model!r}: {expert.name!r} cannot be a task's name; give it one (--name)")

@@ -59,6 +59,7 @@ def replay(
     output: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
+    stream: bool = False,
     token: str | bool | None = None,
     progress: Progress | None = None,
 ) -> Replay:
@@ -71,6 +72,7 @@ def replay(
         output: the folder to write; a temporary one otherwise.
         changes: options that differ (as of `Recipe.build`), for a variant; its card names the merge it is a variant of.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        stream: whether weights that are not on this machine are read from the Hub tensor by tensor, and never stored.
         token: Hub token; the one stored on this machine otherwise.
         progress: wraps the iteration over tensors to show it.
 
@@ -95,7 +97,7 @@ def replay(
                 "publish the experts and merge those"
             )
     recipe = recipe.changed(**changes) if changes else recipe
-    merged = merge(recipe, output=output, device=device, token=token, progress=progress)
+    merged = merge(recipe, output=output, device=device, stream=stream, token=token, progress=progress)
     if changes:
         said = ", ".join(f"{name} {value}" for name, value in changes.items())
         merged.report.notes.append(f"a variant of {source.public_spec} with {said}")

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,22 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+
+TORCH_DTYPE_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""What torch calls the dtypes of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ class Source:
         digests: sha256 of the files the Hub knows it for.
         card: the front matter the Hub holds for it (empty for a local folder: read from README.md instead).
         token: the token files are fetched with; None takes the one stored on this machine.
+        streamed: whether weights that are not on this machine are read by range and never stored.
 
     """
 
@@ -81,6 +98,7 @@ class Source:
     sizes: dict[str, int]
     digests: dict[str, str]
     token: str | bool | None = None
+    streamed: bool = False
 
     @property
     def name(self) -> str:
@@ -156,6 +174,37 @@ class Source:
         }
         return check_header(raw, None, self.spec, filename)
 
+    def read_range(self, filename: str, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` up to `end` (excluded) of a file on the Hub.
+
+        Raises:
+            SourceError: they cannot be fetched, or the server sends whole files only.
+
+        """
+        with hub_errors(self.spec):
+            return persistently(partial(self._range, filename, begin, end))
+
+    def _range(self, filename: str, begin: int, end: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        assert self.repo_id is not None
+        headers = build_hf_headers(token=self.token, library_name="mats_hub", library_version=_version())
+        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        url, timeout = hf_hub_url(self.repo_id, filename, revision=self.commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                raise SourceError(f"{self.spec!r}: the server sends no parts of files; leave out --stream")
+            content = response.read()
+        if len(content) != end - begin:
+            raise ConnectionError(f"{filename}: {len(content)} bytes came of {end - begin}")
+        return content
+
+    def is_streamed(self, filename: str) -> bool:
+        """Tell whether a file is read by range: it was asked for, and the file is not on this machine anyway."""
+        return self.streamed and self.folder is None and not self.is_cached(filename)
+
     def is_cached(self, filename: str) -> bool:
         """Tell whether a file of a Hub repository is in this machine's cache."""
         from huggingface_hub import try_to_load_from_cache
@@ -230,8 +279,13 @@ class Source:
         return content if isinstance(content, dict) else {}
 
 
-def open_source(spec: str | Path, token: str | bool | None = None) -> Source:
+def open_source(spec: str | Path, token: str | bool | None = None, streamed: bool = False) -> Source:
     """Open a local folder, or a Hub model ``owner/name[@revision]`` pinned to the commit its revision names now.
+
+    Args:
+        spec: the folder, or the Hub id.
+        token: Hub token; the one stored on this machine otherwise.
+        streamed: whether weights that are not on this machine are to be read by range.
 
     Raises:
         SourceError: there is no such folder or repository, or the Hub cannot be reached.
@@ -246,7 +300,7 @@ def open_source(spec: str | Path, token: str | bool | None = None) -> Source:
         raise SourceError(
             f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'"
         )
-    return _hub_source(text, repo_id, revision or None, token)
+    return replace(_hub_source(text, repo_id, revision or None, token), streamed=streamed)
 
 
 def _folder_source(spec: str, folder: Path, **pinned: Any) -> Source:
@@ -283,9 +337,13 @@ def hub_api(token: str | bool | None = None) -> Any:
     """Return a Hub client that names this library to the server."""
     from huggingface_hub import HfApi
 
+    return HfApi(token=token, library_name="mats_hub", library_version=_version())
+
+
+def _version() -> str:
     from mats_hub import __version__
 
-    return HfApi(token=token, library_name="mats_hub", library_version=__version__)
+    return __version__
 
 
 @contextmanager

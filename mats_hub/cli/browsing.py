@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mats_hub.cli.recipes import check_can_push
+from mats_hub.cli.recipes import STREAM, check_can_push
 from mats_hub.progress import progress_bar
 
 
@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
     replay.add_argument("--output", help="folder to write; it must not exist or be empty")
     replay.add_argument("--push", metavar="OWNER/NAME", help="publish the result there")
     replay.add_argument("--private", action="store_true", help="make the published repository private")
+    replay.add_argument("--stream", action="store_true", help=STREAM)
     replay.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     replay.set_defaults(run=_replay)
 
@@ -58,7 +59,14 @@ def _show(model: str, lineage: bool) -> None:
 
 
 def _replay(
-    model: str, check: bool, change: list[str] | None, output: str | None, push: str | None, private: bool, device: str
+    model: str,
+    check: bool,
+    change: list[str] | None,
+    output: str | None,
+    push: str | None,
+    private: bool,
+    device: str,
+    stream: bool,
 ) -> int:
     import yaml
 
@@ -77,7 +85,7 @@ def _replay(
         if not equals:
             raise RecipeError(f"--change {pair!r}: write NAME=VALUE, such as --change scale=0.4")
         changes[name.replace("-", "_")] = yaml.safe_load(value)
-    made = replay(model, output=output, changes=changes or None, device=device, progress=progress_bar)
+    made = replay(model, output=output, changes=changes or None, device=device, stream=stream, progress=progress_bar)
     if not changes:
         print(made)
     if output:

@@ -11,6 +11,8 @@ from mats_hub.recipe import INITIALIZATION_OPTIONS, OPTION_OWNERS, PARTS, Curvat
 EXPERT_OPTIONS = ("name", "weight", "statistics")
 """Fields of an expert that the command line takes as one value per expert, in their order."""
 
+STREAM = "read experts from the Hub tensor by tensor, and keep none of them on this machine"
+
 
 def add_commands(commands: Any) -> None:
     """Add the commands `plan`, `merge` and `push`."""
@@ -18,6 +20,7 @@ def add_commands(commands: Any) -> None:
         "plan", help="show what a merge would do to every tensor, and every problem, without doing it"
     )
     add_recipe_flags(plan)
+    plan.add_argument("--stream", action="store_true", help=STREAM)
     plan.set_defaults(run=_plan)
 
     merge = commands.add_parser("merge", help="merge experts, from a recipe file or from flags")
@@ -25,6 +28,7 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
     merge.add_argument("--push", metavar="OWNER/NAME", help="publish the result there")
     merge.add_argument("--private", action="store_true", help="make the published repository private")
+    merge.add_argument("--stream", action="store_true", help=STREAM)
     merge.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     merge.set_defaults(run=_merge)
 
@@ -92,20 +96,20 @@ def read_recipe(options: dict[str, Any]) -> Recipe:
     return Recipe.build(entries, **options)
 
 
-def _plan(**options: Any) -> int:
+def _plan(stream: bool, **options: Any) -> int:
     from mats_hub.planning import make_plan
 
-    plan = make_plan(read_recipe(options))
+    plan = make_plan(read_recipe(options), stream=stream)
     print(plan)
     return 1 if plan.problems else 0
 
 
-def _merge(output: str, push: str | None, private: bool, device: str, **options: Any) -> None:
+def _merge(output: str, push: str | None, private: bool, device: str, stream: bool, **options: Any) -> None:
     from mats_hub.merged_model import merge
 
     if push:
         check_can_push(push)
-    merged = merge(read_recipe(options), output=output, device=device, progress=progress_bar)
+    merged = merge(read_recipe(options), output=output, device=device, stream=stream, progress=progress_bar)
     for note in merged.report.notes:
         print(f"note: {note}")
     print(f"merged {len(merged.report.experts)} experts with {merged.report.recipe['method']} into {output}")
