@@ -18,6 +18,7 @@ from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.curvature import Gram, LowRank
 from mats_hub.delta import LowRankDelta
 from mats_hub.initialization import Context
+from mats_hub.journal import Journal
 from mats_hub.linear_system import LinearSystem
 from mats_hub.merging import Merged, check_cast, check_finite, compute_dtype, deltas_at, make_context, merge_deltas
 from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan
@@ -38,6 +39,7 @@ def merge_adapters(
     metadata: dict[str, str],
     progress: Progress | None = None,
     watch: Watch | None = None,
+    journal: Journal | None = None,
 ) -> list[TensorRecord]:
     """Write the merged adapter of a plan without problems into `folder`, tensor by tensor.
 
@@ -58,7 +60,7 @@ def merge_adapters(
 
     """
     show = progress or silent
-    context = make_context(plan, device, show)
+    context = make_context(plan, device, show, journal or Journal(folder))
     parts = _parts(plan)
     owner = {name: part for part in parts for name in part.headers}
     records = {entry.key: TensorRecord(entry.key, entry.action, entry.reason) for entry in plan.entries}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -112,11 +114,21 @@ class Checkpoint:
                 f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again"
             ) from None
 
+    def streamed(self) -> dict[str, dict[str, str]]:
+        """Return what was read by range: file → chunk's number → its hash."""
+        return {filename: stream.chunks for filename, stream in self._streams.items()}
+
+    def recall(self, chunks: Mapping[str, Mapping[str, str]]) -> None:
+        """Tell what `streamed` returned in an earlier run, which has to be the same now."""
+        for filename, known in chunks.items():
+            if self.source.is_streamed(filename):
+                self._streams[filename] = StreamedFile(self.source, filename, known)
+
     def finish(self) -> None:
         """End a reading of all that is wanted: files that were read by range are checked against their hashes.
 
         Raises:
-            SourceError: a file has other bytes than the Hub says.
+            WrongBytes: a file has other bytes than the Hub says.
 
         """
         for stream in self._streams.values():
@@ -124,10 +136,11 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes safetensors shards of a layout known beforehand, tensor by tensor in `order`.
+    """Writes safetensors shards of a layout known beforehand, tensor by tensor.
 
-    A shard's header is written first and each tensor's bytes are appended as they come, so that memory holds one tensor
-    and not one shard. Use as a context manager: leaving it without an error checks that everything was written.
+    A shard begins with its header and every tensor's bytes go to their place as they come, in any order, so that memory
+    holds one tensor and not one shard. Until it is complete a shard is called ``NAME.part``. Use as a context manager:
+    leaving it without an error checks that everything was written.
 
     Args:
         folder: where the shards and the index go.
@@ -135,6 +148,7 @@ class CheckpointWriter:
         max_shard_bytes: a shard is closed before it would grow beyond this.
         metadata: text for every shard's header.
         stem: what the files' names begin with.
+        there: shards that are complete from an earlier run.
 
     """
 
@@ -145,16 +159,18 @@ class CheckpointWriter:
         max_shard_bytes: float,
         metadata: Mapping[str, str],
         stem: str = "model",
+        there: Collection[str] = (),
     ) -> None:
         self._folder, self._layout = folder, dict(layout)
         self._metadata = {"format": "pt", **metadata}
         self._stem = stem
-        self._shards = shard_layout(self._layout, max_shard_bytes)
-        self._files = shard_names(len(self._shards), stem)
-        self._pending = [(name, index) for index, shard in enumerate(self._shards) for name in shard]
-        self._position = 0
-        self._file: BinaryIO | None = None
-        self._shard = -1
+        shards = shard_layout(self._layout, max_shard_bytes)
+        self._shards = dict(zip(shard_names(len(shards), stem), shards, strict=True))
+        self.pending = {name: shard for name, shard in self._shards.items() if name not in there}
+        """The shards that are to be written: file → tensors, in the order of the file."""
+        self._places = {name: file for file, shard in self.pending.items() for name in shard}
+        self._missing = {file: set(shard) for file, shard in self.pending.items()}
+        self._open: dict[str, tuple[BinaryIO, dict[str, int]]] = {}
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -162,44 +178,53 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._pending:  # a file without a tensor is a file, too
-            self._begin(0)
-        if self._file is not None:
-            self._file.close()
+        if kind is None and not self._layout:  # a file without a tensor is a file, too
+            self.begin(self.files[0])
+            self.complete(self.files[0])
+        for file, _ in self._open.values():
+            with suppress(OSError) if kind else nullcontext():
+                file.close()
         if kind is None:
-            if self._position != len(self._pending):
-                raise RuntimeError(f"only {self._position} of {len(self._pending)} tensors were written")
+            missing = sum(len(shard) for shard in self._missing.values())
+            if missing:
+                raise RuntimeError(f"only {len(self._places) - missing} of {len(self._places)} tensors were written")
             self._write_index()
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The tensors in the order they must be written."""
-        return tuple(name for name, _ in self._pending)
+        """The tensors that are to be written, in the order of the files."""
+        return tuple(self._places)
 
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the shards."""
-        return self._files
+        return tuple(self._shards)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the layout, cast to the layout's dtype."""
-        expected, shard = self._pending[self._position]
-        header = self._layout[expected]
-        if name != expected or tuple(tensor.shape) != header.shape:
-            raise RuntimeError(f"tensor {name!r} {tuple(tensor.shape)} where {expected!r} {header.shape} was due")
-        if shard != self._shard:
-            self._begin(shard)
-        assert self._file is not None
-        stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
-        self._file.write(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
-        self._position += 1
+        """Write a tensor to its place, cast to the layout's dtype; the last one of a shard completes it."""
+        file = self._places.get(name)
+        if file is None or name not in self._missing[file] or tuple(tensor.shape) != self._layout[name].shape:
+            raise RuntimeError(f"tensor {name!r} {tuple(tensor.shape)} is not of the layout, or was written before")
+        self.put(name, tensor)
+        self._missing[file].discard(name)
+        if not self._missing[file]:
+            self.complete(file)
 
-    def _begin(self, shard: int) -> None:
-        if self._file is not None:
-            self._file.close()
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place, in a shard that another process may complete."""
+        file = self._places[name]
+        if file not in self._open:
+            self.begin(file)
+        stored = tensor.detach().to("cpu", TORCH_DTYPES[self._layout[name].dtype]).contiguous()
+        opened, offsets = self._open[file]
+        opened.seek(offsets[name])
+        opened.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+
+    def begin(self, file: str, create: bool = True) -> None:
+        """Open a shard, and write its header unless another process has done so."""
         header: dict[str, object] = {"__metadata__": self._metadata}
         offset = 0
-        for name in self._shards[shard]:
+        for name in self._shards[file]:
             entry = self._layout[name]
             header[name] = {
                 "dtype": entry.dtype,
@@ -209,15 +234,33 @@ class CheckpointWriter:
             offset += entry.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = (self._folder / self._files[shard]).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._shard = shard
+        offsets, place = {}, 8 + len(text)
+        for name in self._shards[file]:
+            offsets[name] = place
+            place += self._layout[name].nbytes
+        opened = (self._folder / f"{file}.part").open("w+b" if create else "r+b")
+        self._open[file] = (opened, offsets)
+        if create:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(place)
+            opened.flush()
+
+    def release(self, file: str) -> None:
+        """Close a shard that another process completes."""
+        if file in self._open:
+            self._open.pop(file)[0].close()
+        self._missing[file].clear()
+
+    def complete(self, file: str) -> None:
+        """Close a shard all of whose tensors were written, and give it its name."""
+        self.release(file)
+        os.replace(self._folder / f"{file}.part", self._folder / file)
 
     def _write_index(self) -> None:
         if len(self._shards) == 1:
             return
         total = sum(header.nbytes for header in self._layout.values())
-        weight_map = {name: self._files[shard] for name, shard in self._pending}
+        weight_map = {name: file for file, shard in self._shards.items() for name in shard}
         index = {"metadata": {"total_size": total, **self._metadata}, "weight_map": weight_map}
         name = f"{self._stem}.safetensors.index.json"
         (self._folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,8 @@
     MatsError
     ├── RecipeError            an option, name or combination that cannot be (also a ValueError)
     ├── SourceError            a model, a data set or a file cannot be found or opened
-    │   └── CheckpointError    ... is there, but is not a well-formed checkpoint or adapter
+    │   ├── CheckpointError    ... is there, but is not a well-formed checkpoint or adapter
+    │   └── WrongBytes         ... came with other bytes than the Hub has
     ├── IncompatibleExperts    experts (or an expert and the base) that cannot be merged with each other
     ├── StatisticsError        statistics cannot be measured or read
     │   └── StatisticsMismatch ... do not belong to the expert or do not cover it
@@ -36,6 +37,10 @@ class SourceError(MatsError):
 
 class CheckpointError(SourceError):
     """A file that is there but is not a well-formed checkpoint or adapter."""
+
+
+class WrongBytes(SourceError):
+    """A file that came with other bytes than the Hub has, or than it had before."""
 
 
 class IncompatibleExperts(MatsError):

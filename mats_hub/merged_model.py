@@ -9,20 +9,26 @@ import platform
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from mats_hub import __version__
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
-from mats_hub.errors import OutputError, RecipeError, SourceError
+from mats_hub.errors import OutputError, RecipeError, SourceError, WrongBytes
 from mats_hub.expert import Expert
+from mats_hub.journal import JOURNAL_FILE, Journal, digest_of
 from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, fold, load
 from mats_hub.plan import Plan
 from mats_hub.planning import make_plan
+from mats_hub.processes import agreed, is_first, join, local_device, wait
 from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport, Watch
@@ -123,9 +129,13 @@ def merge(
     stream: bool = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    on_file: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> MergedModel:
     """Merge experts into one model.
+
+    What an interrupted merge into an output folder has finished is kept beside it, in ``.NAME.partial``; the same merge goes
+    on from there. Under ``torchrun`` the tensors are shared out among the processes.
 
     Args:
         experts: a `Recipe`, the path of a recipe file, or the experts: Hub ids, folders, or mappings with the fields of
@@ -137,6 +147,7 @@ def merge(
         stream: whether weights that are not on this machine are read from the Hub tensor by tensor, and never stored.
         progress: wraps the iteration over tensors (iterable, total, description) to show it.
         watch: called with the `TensorRecord` of every tensor as soon as it is merged.
+        on_file: called with the path of every weight file as soon as it is complete, to send it somewhere.
         **options: recipe options when `experts` is a list: ``base``, ``method``, ``scale``, ``iterations``, …
 
     Returns:
@@ -152,20 +163,22 @@ def merge(
     from mats_hub.device import choose_device
 
     recipe = as_recipe(experts, **options)
+    join()
     target = check_output(output) if output is not None else None
-    place = choose_device(device)
+    place = choose_device(local_device(device))
     plan = make_plan(recipe, token, stream)
     if not plan.problems:
         plan.problems += plan.shortages(target if target is not None else Path(tempfile.gettempdir()))
     plan.raise_problems()
     base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
+    run = partial(_write_all, plan, device=place, progress=progress, watch=watch, on_file=on_file)
     if target is not None:
-        with staged(target) as stage:
-            report = _write_all(plan, stage, place, progress, watch)
+        with resumable(target) as stage:
+            report = run(stage)
         return MergedModel(target, report, base=base)
-    folder = Path(tempfile.mkdtemp(prefix="mats_hub-"))
+    folder = Path(agreed(tempfile.mkdtemp(prefix="mats_hub-") if is_first() else ""))
     try:
-        return MergedModel(folder, _write_all(plan, folder, place, progress, watch), temporary=True, base=base)
+        return MergedModel(folder, run(folder), temporary=is_first(), base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -222,10 +235,62 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextmanager
+def resumable(target: Path) -> Iterator[Path]:
+    """Give the folder ``.NAME.partial`` beside `target` to write into; it becomes `target` when the block ends well.
+
+    Otherwise it is removed, unless a journal in it tells of finished files. Of several processes the first one moves it.
+
+    Raises:
+        OutputError: it cannot be written, or another merge is writing it.
+
+    """
+    stage = target.parent / f".{target.name}.partial"
+    lock = FileLock(target.parent / f".{target.name}.lock", blocking=False)
+    try:
+        if is_first():
+            stage.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        wait()
+    except Timeout:
+        raise OutputError(f"another process is writing {str(target)!r}; wait for it, or name another output") from None
+    except OSError as error:
+        raise OutputError(f"cannot write beside {str(target)!r}: {error.strerror}") from error
+    try:
+        yield stage
+        wait()
+        if is_first():
+            give_usual_mode(stage)
+            if target.exists():
+                target.rmdir()
+            os.replace(stage, target)
+        wait()
+    except BaseException as error:
+        kept = ""
+        if (stage / JOURNAL_FILE).is_file() and not isinstance(error, WrongBytes):
+            kept = f"What is finished is kept in {str(stage)!r}: the same merge, run again, goes on from there"
+            error.add_note(kept)
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+        if isinstance(error, OSError):
+            why = f"cannot write {str(target)!r}: {error.strerror or error}; nothing was left there"
+            raise OutputError(f"{why}. {kept}" if kept else why) from error
+        raise
+    finally:
+        lock.release()
+        if is_first():
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def _write_all(
-    plan: Plan, folder: Path, device: Any, progress: Progress | None, watch: Watch | None = None
+    plan: Plan,
+    folder: Path,
+    device: Any,
+    progress: Progress | None,
+    watch: Watch | None,
+    on_file: Callable[[Path], None] | None,
 ) -> MergeReport:
-    """Write weights, heads, configs, companions, recipe, report and card."""
+    """Write weights, heads, configs, companions, recipe, report and card; return the report, in every process."""
     from mats_hub.adapter_merging import merge_adapters
     from mats_hub.merging import compute_dtype, merge_tensors
 
@@ -233,12 +298,18 @@ def _write_all(
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()
     as_adapter = plan.recipe.output.format == "adapter"
     write = merge_adapters if as_adapter else merge_tensors
+    dtype = str(compute_dtype(plan, device)).removeprefix("torch.")
+    journal = Journal(folder, digest_of([digest, __version__, device.type, dtype, plan.identity]), on_file)
     with tempfile.TemporaryDirectory(prefix="mats_hub-") as spool:
         for expert in plan.experts:
             if isinstance(expert.adapter, FoldedAdapter):
                 assert plan.base is not None
                 fold(expert, plan.base.source, Path(spool), "float64" if plan.is_double else "float32")
-        records = write(plan, folder, device, {"mats_recipe_sha256": digest}, progress, watch)
+        # An adapter is small: every process makes it, and the first one's is kept.
+        place = folder if is_first() or not as_adapter else Path(spool)
+        records = write(plan, place, device, {"mats_recipe_sha256": digest}, progress, watch, journal)
+    if not is_first():
+        return agreed(None)
     if not as_adapter:  # a config.json beside an adapter would make it look like a model
         _write_config(plan, folder)
     for expert in plan.experts:
@@ -251,13 +322,18 @@ def _write_all(
         base=_facts(plan.base.source) if plan.base else None,
         experts=[_expert_facts(plan, index) for index in range(len(plan.experts))],
         tensors=records,
-        environment=_environment(str(device), str(compute_dtype(plan, device)).removeprefix("torch.")),
-        files={path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        environment=_environment(str(device), dtype),
+        files={path.name: journal.files.get(path.name) or file_sha256(path) for path in _weights(folder)},
         notes=notes,
     )
     report.write(folder)
     write_card(report, folder)
-    return report
+    journal.remove()
+    return agreed(report)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _write_config(plan: Plan, folder: Path) -> None:
@@ -341,8 +417,6 @@ def _environment(device: str, dtype: str) -> dict[str, str]:
     import safetensors
     import torch
     import transformers
-
-    from mats_hub import __version__
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return {

@@ -15,8 +15,10 @@ from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter, parse_size
 from mats_hub.curvature import Curvature, restrict
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.journal import Journal
 from mats_hub.linear_system import LinearSystem, match
 from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
+from mats_hub.processes import gathered, is_first, share, summed, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver, Ties
 from mats_hub.report import TensorRecord, Watch
@@ -33,33 +35,68 @@ def merge_tensors(
     metadata: dict[str, str],
     progress: Progress | None = None,
     watch: Watch | None = None,
+    journal: Journal | None = None,
 ) -> list[TensorRecord]:
     """Write the merged checkpoint of a plan without problems into `folder`.
 
     Memory holds one tensor of every model and its statistics at a time. Everything is computed in float32 (float64 where
-    a model is stored in it) and written in the dtype the recipe asks for.
+    a model is stored in it) and written in the dtype the recipe asks for. Shards that the journal has are not made again.
+    Several processes share out the tensors of each shard among themselves; what comes out does not depend on how many
+    there are.
 
     Returns:
-        One record per tensor, in the order they were written, then those that are not written.
+        One record per tensor, in the order of the files, then those that are not written; in every process.
 
     Raises:
         NumericalError: a non-finite value in a model or in the result, or a curvature that is not PSD, naming the tensor.
 
     """
     entries = {entry.key: entry for entry in plan.entries}
-    show = progress or silent
-    context = make_context(plan, device, show)
-    records = []
-    with CheckpointWriter(folder, plan.written, parse_size(plan.recipe.output.max_shard_size), metadata) as writer:
-        for key in show(writer.order, len(writer.order), f"merging ({plan.recipe.method})"):
-            entry = entries.pop(key)
-            tensor, record = _merge_entry(plan, entry, context, device)
-            check_cast(tensor, plan.written[key].dtype, key)
-            writer.write(key, tensor)
-            records.append(record)
-            if watch:
-                watch(record)
-    return records + [TensorRecord(e.key, e.action, e.reason) for e in entries.values()]
+    show, journal, layout = progress or silent, journal or Journal(folder), plan.written
+    limit = parse_size(plan.recipe.output.max_shard_size)
+    with CheckpointWriter(folder, layout, limit, metadata, there=journal.files) as writer:
+        for checkpoint, chunks in zip(plan.checkpoints, journal.notes.get("streamed", ()), strict=False):
+            checkpoint.recall(chunks)
+        context = make_context(plan, device, show, journal) if writer.pending else Context()
+        for number, (file, keys) in enumerate(writer.pending.items(), start=1):
+            mine = share(keys, lambda key: plan.work(entries[key]))
+            made = []
+            _begin(writer, file)
+            which = f", file {number} of {len(writer.pending)}" if len(writer.pending) > 1 else ""
+            for key in show(mine, len(mine), f"merging ({plan.recipe.method}){which}"):
+                tensor, record = _merge_entry(plan, entries[key], context, device)
+                check_cast(tensor, layout[key].dtype, key)
+                writer.put(key, tensor)
+                made.append(record)
+                if watch:
+                    watch(record)
+            writer.release(file)
+            told = gathered((made, [checkpoint.streamed() for checkpoint in plan.checkpoints]))
+            journal.notes["streamed"] = _union([streamed for _, streamed in told])
+            if is_first():
+                writer.complete(file)
+            journal.finished(folder / file, [record for made, _ in told for record in made])
+    records = {key: TensorRecord(key, entry.action, entry.reason) for key, entry in entries.items()} | journal.records
+    return [records[key] for key in (*layout, *(key for key in entries if key not in layout))]
+
+
+def _union(parts: list[list[dict[str, dict[str, str]]]]) -> list[dict[str, dict[str, str]]]:
+    """Return what all processes have streamed of each checkpoint."""
+    found: list[dict[str, dict[str, str]]] = [{} for _ in parts[0]]
+    for part in parts:
+        for ours, theirs in zip(found, part, strict=True):
+            for filename, chunks in theirs.items():
+                ours.setdefault(filename, {}).update(chunks)
+    return found
+
+
+def _begin(writer: CheckpointWriter, file: str) -> None:
+    """Open a shard that several processes write to."""
+    if is_first():
+        writer.begin(file)
+    wait()
+    if not is_first():
+        writer.begin(file, create=False)
 
 
 def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.device) -> tuple[Tensor, TensorRecord]:
@@ -185,11 +222,13 @@ def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
     )
 
 
-def make_context(plan: Plan, device: torch.device, show: Progress) -> Context:
+def make_context(plan: Plan, device: torch.device, show: Progress, journal: Journal) -> Context:
     """Return what initializations may depend on, for TIES with the thresholds of a first reading of all task vectors."""
     context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
     if isinstance(plan.recipe.initialization, Ties) and plan.recipe.initialization.trim == "global":
-        return replace(context, thresholds=_thresholds(plan, device, show))
+        if "thresholds" not in journal.notes:
+            journal.note("thresholds", _thresholds(plan, device, show))
+        return replace(context, thresholds=tuple(journal.notes["thresholds"]))
     return context
 
 
@@ -235,6 +274,7 @@ def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float
     assert isinstance(plan.recipe.initialization, Ties)
     entries = plan.merged_entries
     ranks = [MagnitudeRank(plan.recipe.initialization.density) for _ in plan.experts]
+    entries = share(entries, lambda entry: entry.header.numel)
     for number in (1, 2):
         for entry in show(entries, len(entries), f"magnitudes, pass {number} of 2"):
             _, deltas = deltas_at(plan, entry, device)
@@ -242,8 +282,9 @@ def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float
                 if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
                     rank.add(delta)
         plan.finish_reading()
-        if number == 1:
-            for rank in ranks:
+        for rank in ranks:
+            rank.counts = summed(rank.counts)
+            if number == 1:
                 rank.narrow()
     return tuple(rank.value() for rank in ranks)
 

@@ -147,11 +147,24 @@ class Plan:
         """The experts' weights, and the base's where any are read."""
         return [*(expert.checkpoint for expert in self.experts), *([self.base_weights] if self.base_weights else [])]
 
+    @property
+    def identity(self) -> list[object]:
+        """What tells whether the inputs are still the ones they were: commits, or the files' sizes and times."""
+        paths = [
+            source.folder / name
+            for source in self._sources
+            if source.folder is not None
+            for name in source.weight_files
+        ]
+        paths += [file for statistics in self.statistics if statistics for file in statistics.files]
+        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return [[source.public_spec for source in self._sources], facts]
+
     def finish_reading(self) -> None:
         """End one reading of all weights: what was streamed is checked against the Hub's hashes.
 
         Raises:
-            SourceError: a file has other bytes than the Hub says.
+            WrongBytes: a file has other bytes than the Hub says.
 
         """
         for checkpoint in self.checkpoints:
@@ -256,6 +269,14 @@ class Plan:
             squares = 0 if in_factors and kind == "task_vector" else size * size
         factorized = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
         return tensors + width * squares * (count + 2) + (32 * squares if factorized else 0)
+
+    def work(self, entry: Entry) -> float:
+        """Return about how many operations a tensor takes, to share tensors out among processes."""
+        n, count = entry.header.numel, len(self.experts) + 1
+        if entry.action is not Action.SOLVE or self.recipe.solver is None or len(entry.header.shape) < 2:
+            return float(n * count)
+        steps = self.recipe.solver.iterations if self.recipe.solver.method == "cg" else 1
+        return float(n * count * (4 + steps * sum(entry.header.shape[-2:])))
 
     def counts(self) -> dict[str, int]:
         """Return how many tensors each action is for."""

@@ -52,6 +52,17 @@ class TensorRecord:
     weighted_truncation: float | None = None
     outside: float | None = None
 
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any]) -> TensorRecord:
+        """Return the record in a mapping read from JSON.
+
+        Raises:
+            KeyError: a field is not there.
+            TypeError: it holds something else.
+
+        """
+        return cls(**{**content, **{name: tuple(content[name]) for name in ("residuals", "expert_norms")}})
+
 
 Watch = Callable[[TensorRecord], None]
 """Called with the record of every tensor as soon as it is merged."""
@@ -102,11 +113,8 @@ class MergeReport:
             CheckpointError: it is none.
 
         """
-        records = []
         try:
-            for record in content["tensors"]:
-                tuples = {name: tuple(record[name]) for name in ("residuals", "expert_norms")}
-                records.append(TensorRecord(**{**record, **tuples}))
+            records = [TensorRecord.from_mapping(record) for record in content["tensors"]]
             return cls(**{**content, "tensors": records})
         except (KeyError, TypeError):
             raise CheckpointError(f"{REPORT_FILE} is no report of a merge by this package; fetch it again") from None

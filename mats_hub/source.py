@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mats_hub.errors import CheckpointError, MatsError, SourceError
+from mats_hub.errors import CheckpointError, MatsError, SourceError, WrongBytes
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
 
@@ -137,7 +137,7 @@ class Source:
                 return path
             path.resolve().unlink()
             path.unlink(missing_ok=True)
-        raise SourceError(
+        raise WrongBytes(
             f"{self.spec!r}: {filename} came with other bytes than the Hub says it has, {TRIES} times; nothing of it was kept. "
             "Try again later, or over another connection"
         )

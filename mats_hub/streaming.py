@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from mats_hub.errors import CheckpointError, SourceError
+from mats_hub.errors import CheckpointError, WrongBytes
 from mats_hub.source import TORCH_DTYPE_NAMES, Source, check_header
 
 CHUNK_BYTES = 8 * 2**20
@@ -28,21 +29,26 @@ class StreamedFile:
 
     The file is cut into chunks; `AHEAD` of them are fetched beyond the one that is read. Memory holds these and the tensor
     that is put together. The chunks go through sha256 in the file's order: those that nobody asks for are fetched by
-    `finish`, for the hash alone.
+    `finish`, for the hash alone. A chunk that is read again has to be what it was.
 
     Args:
         source: the repository; its commit, token and hashes are used.
         filename: the file in it.
+        chunks: what an earlier run has read: a chunk's number → its hash.
+
+    Attributes:
+        chunks: what was read: a chunk's number → its hash.
 
     """
 
-    def __init__(self, source: Source, filename: str) -> None:
+    def __init__(self, source: Source, filename: str, chunks: Mapping[str, str] | None = None) -> None:
         self._source, self._filename = source, filename
+        self.chunks = dict(chunks or {})
         self._size, self._chunk = source.sizes[filename], CHUNK_BYTES
         self._count = -(-self._size // self._chunk)
         self._fetched: dict[int, Future[bytes]] = {}
         self._last = -1
-        self._begin_hash()
+        self._hash, self._hashed = hashlib.sha256(), 0
         length = int.from_bytes(self._read(0, 8), "little")
         label = f"{source.spec!r}: {filename}"
         if not 2 <= length <= min(self._size - 8, 100_000_000):
@@ -59,7 +65,8 @@ class StreamedFile:
         """Return one tensor as it is stored.
 
         Raises:
-            SourceError: it cannot be fetched, or the file is read through and has other bytes than the Hub says.
+            SourceError: it cannot be fetched.
+            WrongBytes: the file is read through and has other bytes than the Hub says.
 
         """
         header, begin = self._headers[name], self._offsets[name]
@@ -70,19 +77,15 @@ class StreamedFile:
         return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(header.shape)
 
     def finish(self) -> None:
-        """Fetch what was not asked for, check the file's hash, and begin anew.
+        """Fetch what was not asked for, and check the file's hash.
 
         Raises:
-            SourceError: the file has other bytes than the Hub says.
+            WrongBytes: the file has other bytes than the Hub says.
 
         """
         if self._source.digests.get(self._filename):
             for index in range(self._hashed, self._count):
                 self._take(index)
-        self._begin_hash()
-
-    def _begin_hash(self) -> None:
-        self._hash, self._hashed = hashlib.sha256(), 0
 
     def _read(self, begin: int, end: int) -> bytearray:
         content = bytearray(end - begin)
@@ -106,6 +109,9 @@ class StreamedFile:
                 )
         chunk = self._fetched[index].result()
         self._last = index
+        digest = hashlib.sha256(chunk).hexdigest()[:32]
+        if self.chunks.setdefault(str(index), digest) != digest:
+            raise self._wrong("came with other bytes than the first time")
         if index == self._hashed:
             self._hash.update(chunk)
             self._hashed += 1
@@ -117,10 +123,12 @@ class StreamedFile:
     def _check(self) -> None:
         digest = self._source.digests.get(self._filename)
         if digest and digest != self._hash.hexdigest():
-            raise SourceError(
-                f"{self._source.spec!r}: {self._filename} came with other bytes than the Hub says it has; nothing of the merge "
-                "was kept. Try again, or without --stream"
-            )
+            raise self._wrong("came with other bytes than the Hub says it has")
+
+    def _wrong(self, what: str) -> WrongBytes:
+        return WrongBytes(
+            f"{self._source.spec!r}: {self._filename} {what}; nothing that was made of it is kept. Try again, or without --stream"
+        )
 
 
 @cache

@@ -17,11 +17,21 @@ PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
     ("errors", "methods"),
-    ("hf_extension", "recipe", "curvature", "delta", "device", "initialization", "progress", "statistics.sketch"),
+    (
+        "hf_extension",
+        "recipe",
+        "curvature",
+        "delta",
+        "device",
+        "initialization",
+        "processes",
+        "progress",
+        "statistics.sketch",
+    ),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "streaming", "figures"),
     ("checkpoint",),
-    ("adapter", "statistics.accumulate"),
+    ("adapter", "journal", "statistics.accumulate"),
     ("statistics.watch", "statistics.storage", "statistics.parallel"),
     ("statistics.file",),
     ("statistics.remote",),

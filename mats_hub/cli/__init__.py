@@ -29,11 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(command(**arguments) or 0)
     except MatsError as error:
-        print(f"mats-hub: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"mats-hub: {type(error).__name__}: {error}{_notes(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mats-hub: stopped; nothing was left half-written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"mats-hub: stopped; nothing was left half-written{_notes(error)}", file=sys.stderr)
         return 130
+
+
+def _notes(error: BaseException) -> str:
+    return "".join(f". {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -106,10 +106,13 @@ def _plan(stream: bool, **options: Any) -> int:
 
 def _merge(output: str, push: str | None, private: bool, device: str, stream: bool, **options: Any) -> None:
     from mats_hub.merged_model import merge
+    from mats_hub.processes import is_first
 
     if push:
         check_can_push(push)
     merged = merge(read_recipe(options), output=output, device=device, stream=stream, progress=progress_bar)
+    if not is_first():
+        return
     for note in merged.report.notes:
         print(f"note: {note}")
     print(f"merged {len(merged.report.experts)} experts with {merged.report.recipe['method']} into {output}")

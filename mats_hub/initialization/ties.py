@@ -63,14 +63,15 @@ class MagnitudeRank:
     The bits of a non-negative float32 grow with its value, so the magnitude's upper 16 bits are counted in a first pass
     and, inside the one bin that holds the k-th, the lower 15 bits in a second. Memory: 64 Ki counters.
 
-    Use: `add` every part; `narrow`; `add` every part again; `value`.
+    Use: `add` every part; `narrow`; `add` every part again; `value`. The `counts` of several ranks, each with parts of its own,
+    may be summed before `narrow` and before `value`.
     """
 
     LOW_BITS = 15
 
     def __init__(self, density: float) -> None:
         self._density = density
-        self._counts = torch.zeros(1 << 16, dtype=torch.int64)
+        self.counts = torch.zeros(1 << 16, dtype=torch.int64)
         self._bin: int | None = None
         self._rank = 0
 
@@ -79,16 +80,16 @@ class MagnitudeRank:
         bits = part.detach().to(torch.float32).abs().flatten().view(torch.int32)
         high = bits >> self.LOW_BITS
         if self._bin is None:
-            self._counts += torch.bincount(high, minlength=1 << 16).cpu()
+            self.counts += torch.bincount(high, minlength=1 << 16).cpu()
         else:
             low = bits[high == self._bin] & ((1 << self.LOW_BITS) - 1)
-            self._counts += torch.bincount(low, minlength=1 << self.LOW_BITS).cpu()
+            self.counts += torch.bincount(low, minlength=1 << self.LOW_BITS).cpu()
 
     def narrow(self) -> None:
         """End the first pass: find the bin that holds the wanted rank."""
-        count = int(self._counts.sum())
+        count = int(self.counts.sum())
         self._bin, self._rank = self._locate(kept_rank(count, self._density) if count else 0)
-        self._counts = torch.zeros(1 << self.LOW_BITS, dtype=torch.int64)
+        self.counts = torch.zeros(1 << self.LOW_BITS, dtype=torch.int64)
 
     def value(self) -> float:
         """End the second pass: the magnitude of the wanted rank (0 for an empty vector)."""
@@ -105,6 +106,6 @@ class MagnitudeRank:
         """Return the bin that holds the 1-based rank, and the rank inside it."""
         if rank == 0:
             return 0, 0
-        cumulative = self._counts.cumsum(0)
+        cumulative = self.counts.cumsum(0)
         position = int(torch.searchsorted(cumulative, rank))
         return position, rank - (int(cumulative[position - 1]) if position else 0)

@@ -17,13 +17,14 @@ from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.expert import Expert
 from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert
+from mats_hub.processes import agreed, join, local_device, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.collect import NO_EXAMPLE, Survey, collect, survey
 from mats_hub.statistics.file import Provenance, Statistics
-from mats_hub.statistics.parallel import agreed, join, local_device, total, wait
+from mats_hub.statistics.parallel import total
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
 from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, Columns, TaskData, generate, load_dataset, open_task

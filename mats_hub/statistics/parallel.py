@@ -2,46 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
 from mats_hub.statistics.accumulate import Sums
-
-
-def join() -> tuple[int, int]:
-    """Return this process's rank and how many there are; under ``torchrun`` or ``accelerate launch`` join the others."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or not dist.is_available():
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)  # a process that ends with open connections may be aborted
-    return dist.get_rank(), dist.get_world_size()
-
-
-def local_device(name: str) -> str:
-    """Return the device of this process where ``auto`` was asked for and several share a machine's GPUs."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
-
-
-def agreed(value: Any) -> Any:
-    """Return the first process's value, in every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def wait() -> None:
-    """Wait for the other processes, so that what the first has written is there when any returns."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def total(sums: Sums, device: torch.device) -> Sums:
