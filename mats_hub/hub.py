@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -28,6 +29,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    upload: Upload | None = None,
 ) -> str:
     """Publish a merged model's folder in one commit; the repository is made when it is missing.
 
@@ -42,6 +44,7 @@ def push(
         revision: the branch; ``main`` otherwise.
         create_pr: open a pull request instead of committing to the branch.
         message: the commit's title.
+        upload: what was sent there already.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -61,14 +64,50 @@ def push(
     api = hub_api(token)
     with hub_errors(repo_id, HubError):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        sent = upload.finished() if upload else {}
         operations = [
-            CommitOperationAdd(file.relative_to(path).as_posix(), str(file))
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and file.name != CARD_FILE
+            sent.get(name) or CommitOperationAdd(name, str(path / name)) for name in names if name != CARD_FILE
         ]
         operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
         title = message or f"Merge {len(report.experts)} experts with {report.recipe['method']}"
         return _commit(api, created.repo_id, operations, title, revision, create_pr)
+
+
+class Upload:
+    """Weight files on their way to a repository while the merge goes on; `push` publishes them with the rest, in one commit.
+
+    The repository is made when the first file is there. What fails here is sent by `push`.
+
+    Args:
+        repo_id: where to.
+        private: whether a repository that is made here is private.
+        token: Hub token; the one stored on this machine otherwise.
+
+    """
+
+    def __init__(self, repo_id: str, *, private: bool = False, token: str | bool | None = None) -> None:
+        self._repo_id, self._private, self._api = repo_id, private, hub_api(token)
+        self._sent: dict[str, Future[Any]] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="upload")
+
+    def add(self, path: Path) -> None:
+        """Send a file that is finished, in the background; it may be moved meanwhile."""
+        self._sent[path.name] = self._worker.submit(self._send, path.name, path.open("rb"))
+
+    def _send(self, name: str, file: BinaryIO) -> Any:
+        from huggingface_hub import CommitOperationAdd
+
+        with file:
+            self._api.create_repo(self._repo_id, private=self._private, exist_ok=True)
+            operation = CommitOperationAdd(name, file)
+            self._api.preupload_lfs_files(self._repo_id, [operation])
+        return operation
+
+    def finished(self) -> dict[str, Any]:
+        """Wait, and return what was sent: name → the operation of the commit."""
+        sent = {name: future.result() for name, future in self._sent.items() if not future.exception()}
+        return {name: operation for name, operation in sent.items() if operation._is_uploaded}
 
 
 def check_can_push(repo_id: str, token: str | bool | None = None) -> None:

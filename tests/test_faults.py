@@ -224,3 +224,40 @@ def test_a_card_that_cannot_be_checked_is_not_called_a_bad_one(hub, token, merge
     with pytest.raises(HubError, match=r"cannot reach the Hub"):
         merged.push_to_hub("alice/merged", token=token)
     assert hub.find("alice/merged") is None
+
+
+# --- sending files while the merge goes on
+
+
+def test_shards_are_sent_as_they_are_finished_and_published_in_one_commit(hub, token):
+    upload, seen = pushing.Upload("alice/merged", token=token), []
+
+    def on_file(path):
+        upload.add(path)
+        upload.finished()
+        seen.append((path.name, len(hub.uploads), hub.files("alice/merged").keys()))
+
+    merged = mats_hub.merge(
+        EXPERTS, base="alice/base", method="average", token=token, max_shard_size="8KB", on_file=on_file
+    )
+    shards = sorted(merged.report.files)
+    assert len(shards) > 2
+    assert [name for name, *_ in seen] == shards
+    assert [count for _, count, _ in seen] == list(range(1, len(shards) + 1))
+    assert all(files == {".gitattributes"} for *_, files in seen)
+    merged.push_to_hub("alice/merged", token=token, upload=upload)
+    assert len(hub.commits("alice/merged")) == 2
+    puts = [request.path for request in hub.seen(method="PUT", host="files")]
+    assert len(puts) == len(set(puts)), "nothing is sent twice"
+    files = hub.files("alice/merged")
+    assert all(files[name] == (merged.folder / name).read_bytes() for name in shards)
+
+
+def test_a_shard_that_could_not_be_sent_is_sent_in_the_end(hub, token):
+    upload = pushing.Upload("alice/merged", token=token)
+    hub.fault("status", status=500, path="/preupload/", method="POST", times=None)
+    merged = mats_hub.merge(EXPERTS, base="alice/base", method="average", token=token, on_file=upload.add)
+    assert upload.finished() == {}
+    hub.faults.clear()
+    merged.push_to_hub("alice/merged", token=token, upload=upload)
+    assert hub.files("alice/merged")[WEIGHTS] == (merged.folder / WEIGHTS).read_bytes()

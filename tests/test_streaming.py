@@ -136,7 +136,7 @@ def test_a_flipped_bit_in_any_reading_is_noticed(hub, token, tmp_path, monkeypat
     if reading == 1:
         after_planning("flip", after=4900)
     monkeypatch.setattr(mats_hub.Plan, "finish_reading", finish)
-    with pytest.raises(SourceError, match="came with other bytes than the (Hub says|first time)"):
+    with pytest.raises(SourceError, match=r"came with other bytes than the (Hub says|first time)"):
         merge(token, "ties", output=tmp_path / "merged")
     assert len(begun) == reading - 1
     assert not list(tmp_path.glob("*merged*/**/*.safetensors"))

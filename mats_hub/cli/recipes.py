@@ -105,19 +105,29 @@ def _plan(stream: bool, **options: Any) -> int:
 
 
 def _merge(output: str, push: str | None, private: bool, device: str, stream: bool, **options: Any) -> None:
+    from mats_hub.hub import Upload
     from mats_hub.merged_model import merge
     from mats_hub.processes import is_first
 
+    upload = None
     if push:
         check_can_push(push)
-    merged = merge(read_recipe(options), output=output, device=device, stream=stream, progress=progress_bar)
+        upload = Upload(push, private=private)
+    merged = merge(
+        read_recipe(options),
+        output=output,
+        device=device,
+        stream=stream,
+        progress=progress_bar,
+        on_file=upload and upload.add,
+    )
     if not is_first():
         return
     for note in merged.report.notes:
         print(f"note: {note}")
     print(f"merged {len(merged.report.experts)} experts with {merged.report.recipe['method']} into {output}")
     if push:
-        print(merged.push_to_hub(push, private=private))
+        print(merged.push_to_hub(push, private=private, upload=upload))
     else:
         print(f"next: read {output}/README.md, then mats-hub push {output} OWNER/NAME")
 
