@@ -235,7 +235,7 @@ def test_shards_are_sent_as_they_are_finished_and_published_in_one_commit(hub, t
     def on_file(path):
         upload.add(path)
         upload.finished()
-        seen.append((path.name, len(hub.uploads), hub.files("alice/merged").keys()))
+        seen.append((path.name, len(hub.seen(method="PUT", host="files")), hub.files("alice/merged").keys()))
 
     merged = mats_hub.merge(
         EXPERTS, base="alice/base", method="average", token=token, max_shard_size="8KB", on_file=on_file

@@ -119,7 +119,7 @@ def _merge(output: str, push: str | None, private: bool, device: str, stream: bo
         device=device,
         stream=stream,
         progress=progress_bar,
-        on_file=upload and upload.add,
+        on_file=upload.add if upload else None,
     )
     if not is_first():
         return
