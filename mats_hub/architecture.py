@@ -25,6 +25,7 @@ class Architecture:
         linear: weights of linear modules (Linear, Conv1D).
         stacked: parameters that stack the matrices of several experts, in the order of their modules → how many there
             are, and whether each is ``[in, out]``.
+        vocabulary: tensors whose rows are the vocabulary's tokens: embeddings, and the head and the bias over tokens.
         shapes: every tensor's shape, by its name in a checkpoint; tied ones are named too.
 
     """
@@ -37,6 +38,7 @@ class Architecture:
     stored_names: Mapping[str, str] = field(default_factory=dict)
     linear: frozenset[str] = frozenset()
     stacked: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+    vocabulary: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -77,8 +79,27 @@ def _describe(config_text: str) -> Architecture:
             for leaf, parameter in module.named_parameters(recurse=False)
             if parameter.dim() == 3 and leaf != "weight"
         },
+        vocabulary=_vocabulary(model),
         shapes={stored_names.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
+
+
+def _vocabulary(model: Any) -> frozenset[str]:
+    modules = [module for module in (_embeddings(model, "input"), _embeddings(model, "output")) if module is not None]
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.shape[:1] == (size,) and (id(parameter) in held or parameter.dim() == 1)
+    )
+
+
+def _embeddings(model: Any, which: str) -> Any:
+    try:
+        return getattr(model, f"get_{which}_embeddings")()
+    except (NotImplementedError, AttributeError):  # a model that has none, such as one of images
+        return None
 
 
 def _stored_names(model: Any) -> dict[str, str]:

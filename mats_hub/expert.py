@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter, open_adapter
@@ -22,6 +23,7 @@ class Expert:
         source: where its files are.
         adapter: its adapter, or None for a full checkpoint.
         names: reference tensor → the expert's own name for it; filled by `align_to`.
+        rows: reference tensor → how many of its leading rows are merged, where that is not all of them.
         extra: the expert's own tensors that the reference does not have (heads), held whole.
 
     Raises:
@@ -34,6 +36,7 @@ class Expert:
         self.adapter: Adapter | None = open_adapter(source) if "adapter_config.json" in source.sizes else None
         self.checkpoint = self.adapter.checkpoint if self.adapter else Checkpoint(source)
         self.names: dict[str, str] = {}
+        self.rows: dict[str, int] = {}
         self.extra: list[str] = []
 
     @property
@@ -103,6 +106,10 @@ class Expert:
             return None
         if self.adapter and own in self.adapter.changed:
             return self.adapter.delta(own)
+        if key in self.rows:
+            delta, count = torch.zeros_like(origin), self.rows[key]
+            delta[:count] = self.whole_tensor(own)[:count].to(origin) - origin[:count]
+            return DenseDelta(delta)
         return DenseDelta(self.whole_tensor(own).to(origin) - origin)
 
     def task_config(self, base_config: dict[str, Any]) -> dict[str, Any]:

@@ -353,6 +353,8 @@ def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
     """Write the config and the head with which the merged body becomes this expert's model."""
     folder.mkdir(parents=True)
     config = _as_merged(plan, expert.task_config(plan.reference.config))
+    if "vocab_size" in config and "vocab_size" in plan.reference.config:
+        config["vocab_size"] = plan.reference.config["vocab_size"]
     if config.get("model_type"):
         name = expert.auto_class or (plan.reference.config.get("architectures") or ["AutoModel"])[0]
         config["architectures"] = [concrete_class(name, config)]

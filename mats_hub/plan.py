@@ -270,6 +270,10 @@ class Plan:
         factorized = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
         return tensors + width * squares * (count + 2) + (32 * squares if factorized else 0)
 
+    def has_rows(self, key: str) -> bool:
+        """Tell whether only some rows of a tensor are merged, because the experts' vocabularies differ."""
+        return any(key in expert.rows for expert in self.experts)
+
     def work(self, entry: Entry) -> float:
         """Return about how many operations a tensor takes, to share tensors out among processes."""
         n, count = entry.header.numel, len(self.experts) + 1

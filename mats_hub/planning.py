@@ -23,6 +23,7 @@ from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, P
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.solver import has_closed_form
 from mats_hub.source import open_source
+from mats_hub.vocabulary import Vocabulary, tell_config_differences
 
 CURVATURE_CLASSES = {
     "gram": Gram,
@@ -179,7 +180,8 @@ def _check_method(plan: Plan) -> None:
 def _fill_entries(plan: Plan) -> None:
     reference, recipe = plan.reference, plan.recipe
     architecture = describe(reference.config)
-    heads = _HeadRule(plan, architecture)
+    heads, vocabulary = _HeadRule(plan, architecture), Vocabulary(plan)
+    tell_config_differences(plan)
     coverage = coverage_of(plan)
     transposed = set(align(architecture.transposed, reference.headers, architecture.stored_names).values())
     stacks = align(architecture.stacked, reference.headers, architecture.stored_names)
@@ -188,9 +190,9 @@ def _fill_entries(plan: Plan) -> None:
     plan.kept = {expert.name: _kept_extra(plan, expert) for expert in plan.experts}
     misfits: dict[str, list[str]] = {}
     for key, header in reference.headers.items():
-        action, reason = _decide(plan, architecture, heads, key, misfits)
+        action, reason = _decide(plan, architecture, heads, vocabulary, key, misfits)
         parameters: tuple[str, ...] = ()
-        if action is Action.INITIALIZE and recipe.curvature:
+        if action is Action.INITIALIZE and recipe.curvature and not plan.has_rows(key):
             action, reason, parameters = decide_solvable(plan, coverage, key, transposed)
         if action is Action.KEEP:
             _keep(plan, key)
@@ -213,6 +215,7 @@ def _fill_entries(plan: Plan) -> None:
                 "another kind (--curvature), or a method that needs none (ties, task_arithmetic)"
             )
         )
+    vocabulary.refuse()
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(
@@ -273,7 +276,12 @@ def _label_count(expert: Expert) -> object:
 
 
 def _decide(
-    plan: Plan, architecture: Architecture, heads: _HeadRule, key: str, misfits: dict[str, list[str]]
+    plan: Plan,
+    architecture: Architecture,
+    heads: _HeadRule,
+    vocabulary: Vocabulary,
+    key: str,
+    misfits: dict[str, list[str]],
 ) -> tuple[Action, str]:
     recipe, header = plan.recipe, plan.reference.headers[key]
     if recipe.output.format == "full" and architecture.tied.get(key) in plan.reference.headers:
@@ -291,6 +299,11 @@ def _decide(
         return Action.KEEP, "not every expert has it"
     if heads.is_head(key) and heads.labels_differ:
         return Action.KEEP, "the experts' labels differ"
+    if vocabulary.differs(key):
+        said = vocabulary.settle(key)
+        return (
+            (Action.INITIALIZE, said) if said else (Action.COPY, "the experts' vocabularies differ; the base's is kept")
+        )
     other = [expert for expert in holders if expert.shape(expert.names[key]) != header.shape]
     if other and heads.is_head(key):
         return Action.KEEP, "its shape differs between experts"

@@ -169,6 +169,11 @@ class Recipe(Part):
         (), description="patterns of tensors to keep per expert beside the merged ones"
     )
     allow_other_base: bool = Field(False, description="accept adapters that name another base (a mirror of this one)")
+    vocabulary: Literal["error", "base", "common"] = Field(
+        "error",
+        description="where experts have other rows in their vocabulary: error, base (the base's embeddings are kept), or common "
+        "(the rows that all have are merged, the rest is the base's)",
+    )
     tokenizer: str | None = Field(
         None, description="model the tokenizer and processor files come from; the base otherwise"
     )

@@ -42,7 +42,7 @@ FLOORS = (
     ("statistics",),
     ("plan",),
     ("coverage", "adapter_planning"),
-    ("base",),
+    ("base", "vocabulary"),
     ("planning", "merging", "evaluation"),
     ("adapter_merging", "card"),
     ("hub", "merged_model"),
