@@ -16,15 +16,12 @@ from mats_hub.errors import HubError
 from mats_hub.figures import draw_figures
 from mats_hub.methods import METHODS
 from mats_hub.recipe import RECIPE_FILE
-from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord
+from mats_hub.report import MERGED, REPORT_FILE, MergeReport, TensorRecord
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "model_card_template.md"
 MERGE_TAG = "mats_hub"
 """Tag, and key of the front matter, by which a repository says that it is a merge of this package."""
-
-MERGED = "merged"
-"""The name under which results of the merged model itself are kept."""
 
 PIPELINE_TAGS = {
     "ForSequenceClassification": "text-classification",

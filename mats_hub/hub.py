@@ -13,6 +13,7 @@ import yaml
 from mats_hub.card import CARD_FILE, render_card, validate_card
 from mats_hub.checkpoint import shard_names
 from mats_hub.errors import HubError
+from mats_hub.eval_results import eval_result_files
 from mats_hub.report import REPORT_FILE, MergeReport
 from mats_hub.source import HUB_ID, Source, hub_api, hub_errors, is_connection_error, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
@@ -70,6 +71,7 @@ def push(
             sent.get(name) or CommitOperationAdd(name, str(path / name)) for name in names if name != CARD_FILE
         ]
         operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+        operations += [CommitOperationAdd(*file) for file in eval_result_files(report, token).items()]
         title = message or f"Merge {len(report.experts)} experts with {report.recipe['method']}"
         return _commit(api, created.repo_id, operations, title, revision, create_pr)
 

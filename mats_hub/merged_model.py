@@ -87,6 +87,31 @@ class MergedModel:
             )
         return cls(source.folder, MergeReport.from_mapping(source.json(REPORT_FILE)))
 
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> MergedModel:
+        """Open a merged model in a folder, or one on the Hub, which is fetched into the Hub's cache.
+
+        Args:
+            model: a folder, or ``owner/name[@revision]``.
+            revision: the branch, tag or commit.
+            token: Hub token; the one stored on this machine otherwise.
+
+        Raises:
+            SourceError: there is no merged model.
+
+        """
+        source = open_source(f"{model}@{revision}" if revision else model, token)
+        if source.folder is None:
+            for name in source.sizes:
+                source.path(name)
+        return cls.open(source.folder or source.path(REPORT_FILE).parent)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Copy the merged model to a folder; see `save`."""
+        return self.save(folder)
+
     def load(
         self, task: str | None = None, dtype: str = "auto", device: str = "cpu", base: str | Path | None = None
     ) -> Any:
@@ -106,7 +131,7 @@ class MergedModel:
         return target
 
     def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows of scores (task, metric, model, value; optionally dataset) to the report, and write the card anew."""
+        """Add rows of scores to the report (see `MergeReport.results`), and write the card anew."""
         self.report.results.extend(dict(row) for row in results)
         self.report.write(self.folder)
         write_card(self.report, self.folder)

@@ -11,6 +11,8 @@ from typing import Any
 from mats_hub.errors import CheckpointError
 
 REPORT_FILE = "mats_report.json"
+MERGED = "merged"
+"""The name under which results of the merged model itself are kept."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class MergeReport:
         tensors: one record per tensor, in the order of the file.
         environment: versions, device class, compute dtype.
         files: sha256 of each weight file.
-        results: rows of scores: task, metric, model (a method's or an expert's name), value.
+        results: rows of scores: task, metric, model (a method's or an expert's name), value; of a data set on the Hub also
+            dataset, and of a registered benchmark task_id.
         notes: what a careful reader would want to know.
         parent: the merge that this is a variant of, ``owner/name@commit``.
 

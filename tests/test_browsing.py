@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import family as families
@@ -331,3 +332,50 @@ def test_hf_mats_runs_this_installation(tmp_path):
     refused = subprocess.run(register, capture_output=True, text=True, env=environment, check=False)
     assert refused.returncode == 1
     assert "hf extensions remove mats" in refused.stderr
+
+
+INSTALL = """
+import subprocess, sys
+from huggingface_hub.cli import extensions, hf
+
+client = sys.modules[type(extensions.get_session()).__module__.partition('.')[0]]
+root, run = sys.argv[1], subprocess.run
+
+def answer(request):  # what GitHub says of a repository whose root is this checkout
+    if request.url.path.endswith('/info/refs'):
+        return client.Response(200, text=f"001e# service\\n{'a' * 40} HEAD\\0")
+    if request.url.path.endswith('/pyproject.toml'):
+        return client.Response(200, text=open(f'{root}/pyproject.toml').read())
+    return client.Response(404 if 'raw' in request.url.host else 200)
+
+def local(command, **options):
+    if isinstance(command[-1], str) and 'github.com' in command[-1]:  # what it needs is here already: only itself
+        command = [*command[:-1], '--quiet', '--no-deps', root]
+    return run(command, **options)
+
+extensions.get_session = lambda: client.Client(transport=client.MockTransport(answer))
+extensions.subprocess.run = local
+sys.argv = ['hf', 'extensions', 'install', 'mats-hub/hf-mats']
+hf.main()
+"""
+
+
+def test_the_installer_of_hf_makes_an_extension_of_this_checkout(tmp_path):
+    root = Path(mats_hub.__file__).parents[1]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", INSTALL, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / ".local/share/hf/extensions/hf-mats"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["short_name"] == "mats"
+    assert manifest["description"].startswith("Merge fine-tuned models")
+    installed = next((folder / "venv/lib").glob("python*/site-packages"))
+    assert (installed / "mats_hub/model_card_template.md").is_file()
+    (installed / "here.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # for what it depends on
+    shown = hf(tmp_path, "mats", "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "usage: hf mats" in shown.stdout
+    assert hf(tmp_path, "mats", "plan", str(tmp_path / "nowhere")).returncode == 1

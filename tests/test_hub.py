@@ -217,3 +217,41 @@ def test_statistics_on_a_data_set_of_the_hub_are_pinned(hub, published, local):
         mats_hub.compute_statistics("alice/alpha", dataset="alice/nodata", kind="gram", token=published)
     with pytest.raises(SourceError, match=r"alice/data.*cannot be read"):
         mats_hub.compute_statistics("alice/alpha", dataset="alice/data", split="nosplit", kind="gram", token=published)
+
+
+def test_results_on_a_registered_benchmark_get_a_file_of_their_own(hub, local):
+    token = hub.add_user("alice")
+    hub.create("alice/bench", {"eval.yaml": b"name: bench\ntasks:\n- id: hard\n"}, repo_type="dataset")
+    hub.create("alice/plain", {"data.jsonl": b"{}"}, repo_type="dataset")
+    merged = mats_hub.merge(local.experts, base=local.base, method="average")
+    row = {"task": "alpha", "metric": "accuracy", "model": "merged", "value": 0.5}
+    merged.add_results(
+        [
+            {**row, "dataset": "alice/bench", "task_id": "hard"},
+            {**row, "dataset": "alice/bench", "task_id": "unknown"},
+            {**row, "dataset": "alice/plain", "task_id": "hard"},
+            {**row, "dataset": "alice/missing", "task_id": "hard"},
+            {**row, "dataset": "alice/bench", "task_id": "hard", "model": "alpha"},
+            {**row, "dataset": "alice/plain"},
+        ]
+    )
+    merged.push_to_hub("alice/merged", token=token)
+    files = hub.files("alice/merged")
+    assert [name for name in files if name.startswith(".eval_results")] == [".eval_results/alice--bench.yaml"]
+    held = yaml.safe_load(files[".eval_results/alice--bench.yaml"])
+    assert held == [{"dataset": {"id": "alice/bench", "task_id": "hard"}, "value": 0.5}]
+    assert len(yaml.safe_load(files["README.md"].decode().split("---")[1])["model-index"][0]["results"]) == 5
+
+
+def test_a_merged_model_is_opened_saved_and_pushed_as_others_are(hub, local, tmp_path):
+    token = hub.add_user("alice")
+    merged = mats_hub.merge(local.experts, base=local.base, method="average")
+    merged.push_to_hub("alice/merged", token=token)
+    commit = hub.commits("alice/merged")[0].sha
+    hub.commit("alice/merged", {"later.txt": b"later"})
+    opened = mats_hub.MergedModel.from_pretrained("alice/merged", revision=commit, token=token)
+    assert opened.report.files == merged.report.files
+    assert not (opened.folder / "later.txt").exists()
+    saved = opened.save_pretrained(tmp_path / "saved")
+    assert mats_hub.MergedModel.from_pretrained(saved).load("alpha").config.num_labels == 2
+    assert not any(path.is_symlink() for path in saved.rglob("*"))

@@ -44,7 +44,7 @@ FLOORS = (
     ("coverage", "adapter_planning"),
     ("base", "vocabulary"),
     ("planning", "merging", "evaluation"),
-    ("adapter_merging", "card"),
+    ("adapter_merging", "card", "eval_results"),
     ("hub", "merged_model"),
     ("demo", "browsing", "replaying"),
     ("cli.recipes", "cli.statistics"),
