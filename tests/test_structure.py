@@ -46,7 +46,7 @@ FLOORS = (
     ("planning", "merging", "evaluation"),
     ("adapter_merging", "card", "eval_results"),
     ("hub", "merged_model"),
-    ("demo", "browsing", "replaying"),
+    ("demo", "browsing", "jobs", "replaying"),
     ("cli.recipes", "cli.statistics"),
     ("cli.browsing",),
     ("cli",),

@@ -25,11 +25,16 @@ def add_commands(commands: Any) -> None:
 
     merge = commands.add_parser("merge", help="merge experts, from a recipe file or from flags")
     add_recipe_flags(merge)
-    merge.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
+    merge.add_argument("--output", help="folder to write; it must not exist or be empty")
     merge.add_argument("--push", metavar="OWNER/NAME", help="publish the result there")
     merge.add_argument("--private", action="store_true", help="make the published repository private")
     merge.add_argument("--stream", action="store_true", help=STREAM)
     merge.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    merge.add_argument(
+        "--job", metavar="FLAVOR", help="merge as a Job of Hugging Face on this hardware, such as cpu-xl"
+    )
+    merge.add_argument("--job-timeout", default="6h", help="after which a Job is stopped (default: %(default)s)")
+    merge.add_argument("--job-package", help="what pip installs in a Job; this version of mats-hub otherwise")
     merge.set_defaults(run=_merge)
 
     push = commands.add_parser("push", help="publish a merged model's folder")
@@ -104,23 +109,34 @@ def _plan(stream: bool, **options: Any) -> int:
     return 1 if plan.problems else 0
 
 
-def _merge(output: str, push: str | None, private: bool, device: str, stream: bool, **options: Any) -> None:
+def _merge(
+    output: str | None,
+    push: str | None,
+    private: bool,
+    device: str,
+    stream: bool,
+    job: str | None,
+    job_timeout: str,
+    job_package: str | None,
+    **options: Any,
+) -> None:
+    from mats_hub.errors import RecipeError
     from mats_hub.hub import Upload
     from mats_hub.merged_model import merge
     from mats_hub.processes import is_first
 
-    upload = None
+    recipe, upload = read_recipe(options), None
+    if job:
+        if not push:
+            raise RecipeError("a Job publishes what it makes: say where with --push OWNER/NAME")
+        return _merge_as_job(recipe, push, job, private=private, timeout=job_timeout, package=job_package)
+    if not output:
+        raise RecipeError("say where to write the merged model: --output FOLDER")
     if push:
         check_can_push(push)
         upload = Upload(push, private=private)
-    merged = merge(
-        read_recipe(options),
-        output=output,
-        device=device,
-        stream=stream,
-        progress=progress_bar,
-        on_file=upload.add if upload else None,
-    )
+    on_file = upload.add if upload else None
+    merged = merge(recipe, output=output, device=device, stream=stream, progress=progress_bar, on_file=on_file)
     if not is_first():
         return
     for note in merged.report.notes:
@@ -130,6 +146,15 @@ def _merge(output: str, push: str | None, private: bool, device: str, stream: bo
         print(merged.push_to_hub(push, private=private, upload=upload))
     else:
         print(f"next: read {output}/README.md, then mats-hub push {output} OWNER/NAME")
+
+
+def _merge_as_job(recipe: Recipe, target: str, flavor: str, package: str | None, **options: Any) -> None:
+    from mats_hub import jobs
+
+    job = jobs.submit(recipe, target, flavor, package=package or jobs.PACKAGE, **options)
+    print(f"{flavor}: {jobs.hardware()[flavor]}\n{job.url}", flush=True)
+    for line in jobs.follow(job):
+        print(line, flush=True)
 
 
 def check_can_push(repo_id: str) -> None:
