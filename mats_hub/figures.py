@@ -75,6 +75,8 @@ def _movement(report: MergeReport) -> Any:
         final = [record.solution_norm for record in records]
         axes.step(positions, final, where="mid", color="#1b2a6b", linewidth=1.2, label="merged model")
     axes.set(xlabel="merged tensors, in file order", ylabel="norm of the task vector", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.08)
     axes.legend(frameon=False)
     return figure
 

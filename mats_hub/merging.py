@@ -20,7 +20,7 @@ from mats_hub.linear_system import LinearSystem, match
 from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.processes import gathered, is_first, share, summed, wait
 from mats_hub.progress import Progress, silent
-from mats_hub.recipe import Solver, Ties
+from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
 from mats_hub.statistics.file import conditioned_gram
@@ -104,7 +104,7 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
         copied = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
         return copied, TensorRecord(entry.key, entry.action, entry.reason)
     origin, deltas = deltas_at(plan, entry, device)
-    merged = merge_deltas(plan, entry, deltas, context, stored=True)
+    merged = merge_deltas(plan, entry, deltas, replace(context, origin=origin), stored=True)
     return origin + merged.value, merged.record
 
 
@@ -139,7 +139,9 @@ def merge_deltas(
 
     """
     weights = [expert.weight for expert in plan.experts]
-    start = _initialize(plan)(deltas, weights, replace(context, key=entry.key))
+    turned = stored and entry.turned
+    place = replace(context, key=entry.key, transposed=turned, stacked=entry.stacked and deltas[0].dim() == 3)
+    start = _initialize(plan)(deltas, weights, place)
     norms: dict[str, Any] = {
         "initialization_norm": _norm(start),
         "expert_norms": tuple(_norm(delta) for delta in deltas),
@@ -223,9 +225,9 @@ def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
 
 
 def make_context(plan: Plan, device: torch.device, show: Progress, journal: Journal) -> Context:
-    """Return what initializations may depend on, for TIES with the thresholds of a first reading of all task vectors."""
+    """Return what initializations may depend on; where whole task vectors are trimmed, they are read for the thresholds."""
     context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
-    if isinstance(plan.recipe.initialization, Ties) and plan.recipe.initialization.trim == "global":
+    if plan.recipe.initialization.global_density is not None:
         if "thresholds" not in journal.notes:
             journal.note("thresholds", _thresholds(plan, device, show))
         return replace(context, thresholds=tuple(journal.notes["thresholds"]))
@@ -271,9 +273,10 @@ def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
 
 def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float, ...]:
     """Return each expert's global trimming threshold, from two passes over the task vectors."""
-    assert isinstance(plan.recipe.initialization, Ties)
+    density = plan.recipe.initialization.global_density
+    assert density is not None
     entries = plan.merged_entries
-    ranks = [MagnitudeRank(plan.recipe.initialization.density) for _ in plan.experts]
+    ranks = [MagnitudeRank(density) for _ in plan.experts]
     entries = share(entries, lambda entry: entry.header.numel)
     for number in (1, 2):
         for entry in show(entries, len(entries), f"magnitudes, pass {number} of 2"):

@@ -14,7 +14,7 @@ from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import MatsError, PlanError, ResourceError
 from mats_hub.expert import Expert
-from mats_hub.recipe import Recipe, Ties
+from mats_hub.recipe import Recipe
 from mats_hub.source import Source, TensorHeader
 from mats_hub.statistics.file import Statistics
 from mats_hub.streaming import AHEAD, CHUNK_BYTES
@@ -22,6 +22,9 @@ from mats_hub.streaming import AHEAD, CHUNK_BYTES
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LINEAR_INITIALIZATIONS = ("average", "task_arithmetic")
 """Initializations that commute with products from both sides."""
+
+SPECTRAL_INITIALIZATIONS = ("tsvm", "iso_c", "iso_cts", "knots")
+"""Initializations that decompose matrices."""
 
 MATRIX_KINDS = ("gram", "kfac", "task_vector")
 """The kinds of curvature that act on ``[out, in]`` matrices; the others act on a tensor as it is stored."""
@@ -50,7 +53,8 @@ class Entry:
         reason: why, in words.
         header: its dtype, shape and file in the reference.
         parameters: for a solved tensor, its name in each expert's statistics.
-        transposed: whether it is stored ``[in, out]``, so that a curvature made of Grams acts on its transpose.
+        turned: whether it is stored ``[in, out]``.
+        transposed: the same where that matters to the curvature: whether a curvature made of Grams acts on its transpose.
         stacked: whether it stacks the matrices of several experts.
         on_inputs: whether a Gram acts on its inputs alone (not so for an embedding that is the head, too).
         origin: its name in the base's weights, where they are read; task vectors start from it.
@@ -62,6 +66,7 @@ class Entry:
     reason: str
     header: TensorHeader
     parameters: tuple[str, ...] = ()
+    turned: bool = False
     transposed: bool = False
     stacked: bool = False
     on_inputs: bool = True
@@ -135,8 +140,7 @@ class Plan:
     @property
     def readings(self) -> int:
         """How often every task vector is read."""
-        start = self.recipe.initialization
-        return 3 if isinstance(start, Ties) and start.trim == "global" else 1
+        return 1 if self.recipe.initialization.global_density is None else 3
 
     @property
     def _sources(self) -> list[Source]:
@@ -251,6 +255,8 @@ class Plan:
         if entry.action not in (Action.SOLVE, Action.INITIALIZE):
             return 2 * entry.header.nbytes if self.recipe.output.format == "full" else 0
         in_factors, solved = self.in_factors(entry), entry.action is Action.SOLVE
+        if self.recipe.initialization.method in SPECTRAL_INITIALIZATIONS and len(entry.header.shape) > 1:
+            n = 2 * n  # singular vectors of as many entries as the task vectors have
         if in_factors:  # in float64: the factors, what is stacked of them, their bases and the result
             held = [(expert, expert.names[entry.key]) for expert in self.experts if expert.holds(entry.key)]
             tensors = 48 * sum(e.checkpoint.headers[name].numel for e, own in held for name in e.files(own))

@@ -19,6 +19,7 @@ from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
 from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
+from mats_hub.initialization_options import Consensus, Slerp
 from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.solver import has_closed_form
@@ -141,10 +142,24 @@ def _in_reference(expert: Expert, own: str) -> str:
 def _check_method(plan: Plan) -> None:
     """Refuse methods that cannot do what is asked with what is there."""
     recipe = plan.recipe
-    if plan.base is None and recipe.initialization.method != "average":
+    start = recipe.initialization
+    if isinstance(start, Slerp) and len(plan.experts) > 2:
         plan.problems.append(
             RecipeError(
-                f"{recipe.initialization.method} works on task vectors, which need the base the experts were fine-tuned from; "
+                f"slerp interpolates between two experts, and there are {len(plan.experts)}; merge two of them, or use average"
+            )
+        )
+    if isinstance(start, Consensus) and len(start.mask_scale) not in (1, len(plan.experts)):
+        plan.problems.append(
+            RecipeError(
+                f"mask_scale has {len(start.mask_scale)} values for {len(plan.experts)} experts; give one, or one for each "
+                "(--mask-scale)"
+            )
+        )
+    if plan.base is None and start.method not in ("average", "slerp"):
+        plan.problems.append(
+            RecipeError(
+                f"{start.method} works on task vectors, which need the base the experts were fine-tuned from; "
                 "name it with 'base' (--base), or use average, fisher, regmean or mats from average"
             )
         )
@@ -198,10 +213,13 @@ def _fill_entries(plan: Plan) -> None:
             _keep(plan, key)
         matrices = recipe.curvature is not None and recipe.curvature.kind in MATRIX_KINDS
         measured = [(s, name) for s, name in zip(plan.statistics, parameters, strict=False) if s and matrices]
-        turned = (key in transposed and matrices) or any(s.is_transposed(name) for s, name in measured)
+        turned = key in transposed
+        solved_turned = (turned and matrices) or any(s.is_transposed(name) for s, name in measured)
         on_inputs = all(s.acts_on_inputs(name) for s, name in measured)
         origin = key if plan.base_weights else None
-        plan.entries.append(Entry(key, action, reason, header, parameters, turned, key in stacked, on_inputs, origin))
+        plan.entries.append(
+            Entry(key, action, reason, header, parameters, turned, solved_turned, key in stacked, on_inputs, origin)
+        )
     if recipe.output.format == "adapter":
         plan.entries = with_origins(plan)
     else:

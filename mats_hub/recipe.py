@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mats_hub.errors import RecipeError, unknown
+from mats_hub.initialization_options import (
+    INITIALIZATION_OPTIONS,
+    Average,
+    Initialization,
+    NonNegative,
+    Part,
+    Positive,
+)
 from mats_hub.methods import AUTO, DATA_FREE_DEFAULT, IMPLIED_BY_CURVATURE, METHODS
 
 RECIPE_FILE = "mats_recipe.yaml"
@@ -25,56 +33,6 @@ ParameterKind = Literal["linear", "convolution", "experts", "embedding", "norm",
 PARAMETERS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 """What is done with a parameter: it multiplies rows, patches or the rows routed to each of several experts; it is looked up;
 it scales features; it is added."""
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Density = Annotated[float, Field(gt=0, le=1)]
-
-
-class Part(BaseModel):
-    """Any part of a recipe: frozen, and strict about names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Average(Part):
-    """The weighted mean of the experts."""
-
-    method: Literal["average"] = "average"
-
-
-class TaskArithmetic(Part):
-    """The base plus a scaled sum of task vectors."""
-
-    method: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: Finite = Field(0.3, description="factor of the sum of task vectors")
-
-
-class Ties(Part):
-    """Trim, elect sign, disjoint mean."""
-
-    method: Literal["ties"] = "ties"
-    scale: Finite = Field(1.0, description="factor of the merged task vector")
-    density: Density = Field(0.2, description="fraction of entries kept, in (0, 1]")
-    trim: Literal["global", "per_tensor"] = Field("global", description="what the density is a fraction of")
-
-
-class Dare(Part):
-    """Drop entries at random, rescale the rest, sum."""
-
-    method: Literal["dare"] = "dare"
-    scale: Finite = Field(0.3, description="factor of the sum of task vectors")
-    density: Density = Field(0.5, description="fraction of entries kept, in (0, 1]")
-
-
-Initialization = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method")]
-INITIALIZATION_OPTIONS: dict[str, type[Part]] = {
-    "average": Average,
-    "task_arithmetic": TaskArithmetic,
-    "ties": Ties,
-    "dare": Dare,
-}
 
 
 class Curvature(Part):
@@ -370,7 +328,7 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
             )
             raise RecipeError(f"method {name!r} has {part} {implied[key]!r}, not {given[key]!r}; {way_out}")
         same = given.get(key, implied[key]) == implied[key]
-        extra = IMPLIED_BY_CURVATURE.get(kind, {}).get(part, {}) if isinstance(kind, str) else {}
+        extra = IMPLIED_BY_CURVATURE.get(kind, {}).get(part, {}) if isinstance(kind, str) and name == "mats" else {}
         content[part] = {**(implied if same else {}), **(extra if same or part == "curvature" else {}), **given}
     return content
 

@@ -438,47 +438,147 @@ def test_float32_on_a_nearly_singular_system_stops_at_rounding_instead_of_runnin
 # Initializations -------------------------------------------------------------------------------------------------------
 
 NAMES = ("a", "b", "c")
-KEEPING = {"average": {}, "task_arithmetic": {"scale": 1 / 3}, "ties": {"density": 1.0, "scale": 1.0}}
+KEEPING = {
+    "average": {},
+    "task_arithmetic": {"scale": 1 / 3},
+    "ties": {"density": 1.0, "scale": 1.0},
+    "dare_ties": {"density": 1.0, "scale": 1.0, "fuse": "mean"},
+    "della": {"density": 1.0, "epsilon": 0.0, "scale": 1.0, "fuse": "mean"},
+    "breadcrumbs": {"density": 1.0, "outliers": 0.0, "scale": 1 / 3},
+    "slerp": {},
+    "model_stock": {},
+    "knots": {"density": 1.0},
+    "consensus": {"scale": 1 / 3},
+}
 """Initializations with the options for which identical experts come back."""
 
 
-def deltas_of(shape=(6, 7)) -> list[Tensor]:
-    return [draw(*shape, seed=seed) for seed in range(3)]
+def deltas_of(shape=(6, 7), count: int = 3) -> list[Tensor]:
+    return [draw(*shape, seed=seed) for seed in range(count)]
+
+
+def experts_for(initialize) -> int:
+    return 2 if initialize is INITIALIZATIONS["slerp"] else 3
 
 
 @pytest.mark.parametrize("initialize", INITIALIZATIONS.values(), ids=INITIALIZATIONS)
 class TestEveryInitialization:
     def test_is_a_pure_function_that_keeps_shape_and_dtype(self, initialize):
-        dtypes, shapes = (torch.float32, torch.float64, torch.bfloat16), ((6, 7), (5,), (2, 3, 4), (), (0, 3))
+        dtypes, shapes = (torch.float32, torch.float64, torch.bfloat16), ((6, 7), (5,), (2, 3, 4), (), (0, 3), (1, 1))
+        count = experts_for(initialize)
         for dtype, shape in itertools.product(dtypes, shapes):
-            deltas = [delta.to(dtype) for delta in deltas_of(shape)]
+            deltas = [delta.to(dtype) for delta in deltas_of(shape, count)]
             before = [delta.clone() for delta in deltas]
-            context = Context("key", NAMES)
-            first, second = (initialize(deltas, WEIGHTS, context) for _ in range(2))
+            context = Context("key", NAMES[:count])
+            first, second = (initialize(deltas, WEIGHTS[:count], context) for _ in range(2))
             assert torch.equal(first, second)
+            assert first.isfinite().all()
             assert (first.shape, first.dtype) == (torch.Size(shape), dtype)
             assert all(torch.equal(a, b) for a, b in zip(deltas, before, strict=True))
 
     def test_does_not_depend_on_the_order_of_experts(self, initialize):
-        deltas = deltas_of()
-        expected = initialize(deltas, WEIGHTS, Context("key", NAMES))
-        for order in itertools.permutations(range(3)):
+        count = experts_for(initialize)
+        deltas = deltas_of(count=count)
+        expected = initialize(deltas, WEIGHTS[:count], Context("key", NAMES[:count]))
+        for order in itertools.permutations(range(count)):
             turned = initialize(
                 [deltas[i] for i in order], [WEIGHTS[i] for i in order], Context("key", tuple(NAMES[i] for i in order))
             )
             close(turned, expected, 1e-12)
 
     def test_zero_task_vectors_stay_zero(self, initialize):
-        zero = [torch.zeros(3, 3)] * 3
-        assert not initialize(zero, WEIGHTS, Context("key", NAMES)).any()
+        count = experts_for(initialize)
+        for shape in ((3, 3), (4,), (2, 3, 4)):
+            zero = [torch.zeros(shape)] * count
+            assert not initialize(zero, WEIGHTS[:count], Context("key", NAMES[:count])).any()
+
+    def test_nothing_lands_outside_the_span_of_low_rank_task_vectors(self, initialize):
+        """What no expert changes stays: rows and columns that are zero in every task vector, whatever the method."""
+        count = experts_for(initialize)
+        deltas = deltas_of((12, 10), count)
+        for seed, delta in enumerate(deltas):
+            delta[8:] = 0
+            delta[:8, 7:] = 0
+            delta[:8, :7] = draw(8, 2, seed=seed + 9) @ draw(2, 7, seed=seed + 20)
+        merged = initialize(deltas, WEIGHTS[:count], Context("key", NAMES[:count]))
+        assert merged[:8, :7].abs().max() > 0
+        assert float(merged[8:].abs().max()) < 1e-12
+        assert float(merged[:, 7:].abs().max()) < 1e-12
+
+
+def test_one_expert_stays_as_it_is_where_the_definition_allows():
+    delta = deltas_of()[0]
+    options = {name: dict(values) for name, values in KEEPING.items()} | {"tsvm": {}}
+    for name, values in options.items():
+        used = {**values, "scale": 1.0} if "scale" in values else dict(values)
+        used |= {"agreement": 1, "mask_scale": (1e-9,)} if name == "consensus" else {}
+        close(INITIALIZATIONS[name]([delta], [1.0], Context("key", NAMES[:1]), **used), delta, 1e-12)
+
+
+SPECTRAL = ("tsvm", "iso_c", "iso_cts", "knots")
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_spectral_methods_see_matrices_as_the_model_multiplies_by_them(name):
+    initialize, deltas = INITIALIZATIONS[name], deltas_of((6, 9))
+    expected = initialize(deltas, WEIGHTS, Context())
+    turned = initialize([delta.T.contiguous() for delta in deltas], WEIGHTS, Context(transposed=True))
+    close(turned.T, expected, 1e-12)
+    stacks = [torch.stack([delta, 2 * delta]) for delta in deltas]
+    stacked = initialize(stacks, WEIGHTS, Context(stacked=True))
+    close(stacked, torch.stack([expected, 2 * expected]), 1e-12)
+    convolutions = [delta.reshape(6, 3, 3) for delta in deltas]
+    close(initialize(convolutions, WEIGHTS, Context()), expected.reshape(6, 3, 3), 1e-12)
+    vectors = [delta[0] for delta in deltas]
+    close(initialize(vectors, WEIGHTS, Context()), INITIALIZATIONS["average"](vectors, WEIGHTS, Context()), 1e-12)
+
+
+def test_iso_c_has_equal_singular_values_and_tsvm_orthogonal_directions():
+    deltas = deltas_of((8, 8))
+    values = torch.linalg.svdvals(INITIALIZATIONS["iso_c"](deltas, [1.0] * 3, Context()))
+    close(values, torch.linalg.svdvals(sum(deltas)).mean().expand(8), 1e-12)
+    values = torch.linalg.svdvals(INITIALIZATIONS["iso_cts"](deltas, [1.0] * 3, Context()))
+    close(values, values.mean().expand(8), 1e-12)
+    kept = torch.cat([torch.linalg.svdvals(delta)[:2] for delta in deltas]).sort(descending=True).values
+    values = torch.linalg.svdvals(INITIALIZATIONS["tsvm"](deltas, [1.0] * 3, Context()))
+    close(values[:6], kept, 1e-12)
+    assert float(values[6:].max()) < 1e-12
+
+
+def test_model_stock_and_slerp_by_hand():
+    stock, slerp = INITIALIZATIONS["model_stock"], INITIALIZATIONS["slerp"]
+    right, up = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    close(stock([right, up], [1, 1], Context()), torch.zeros(2), 1e-7)  # orthogonal: back to the base
+    close(stock([right, right + up], [1, 1], Context()), torch.tensor([2.0, 1.0]) * 2 * 0.5**0.5 / (1 + 0.5**0.5), 1e-6)
+    assert not stock([right, -right], [1, 1], Context()).any()
+    middle = slerp([right, up], [1, 1], Context())
+    close(middle, torch.tensor([2**0.5, 2**0.5]), 1e-6)
+    close(slerp([right, up], [3, 1], Context()), 2 * torch.tensor([0.9238795, 0.3826834]), 1e-6)
+    origin = torch.tensor([1.0, 1.0])  # it is the weights that are interpolated
+    close(slerp([right, up], [1, 1], Context(origin=origin)), slerp([right + 1, up + 1], [1, 1], Context()) - 1, 1e-6)
+
+
+def test_breadcrumbs_and_della_by_hand():
+    delta = torch.tensor([[1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0, 9.0, -10.0]])
+    kept = INITIALIZATIONS["breadcrumbs"]([delta], [1.0], Context(), scale=1.0, density=0.6, outliers=0.1)
+    assert kept.tolist() == [[0, 0, 0, -4, 5, -6, 7, -8, 9, 0]]
+    ones, context = torch.arange(1.0, 1001).repeat(40, 1), Context("key", ("a",))
+    della = INITIALIZATIONS["della"]([ones], [1.0], context, scale=1.0, density=0.5, epsilon=0.3)
+    chance = (della != 0).float().mean(0)
+    assert float(chance[:100].mean()) == pytest.approx(0.23, abs=0.03)
+    assert float(chance[-100:].mean()) == pytest.approx(0.77, abs=0.03)
+    close(della.mean(0).mean(), ones[0].mean(), 0.02)
+    level = INITIALIZATIONS["della"]([ones], [1.0], context, scale=1.0, density=0.5, epsilon=0.0)
+    assert torch.equal(level, INITIALIZATIONS["dare"]([ones], [1.0], context, scale=1.0, density=0.5))
 
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_identical_experts_come_back(name):
-    delta = deltas_of()[0]
-    close(INITIALIZATIONS[name]([delta] * 3, [1.0] * 3, Context("key", NAMES), **KEEPING[name]), delta, 1e-12)
-    if name != "task_arithmetic":  # a sum, of which the scale above makes a mean
-        close(INITIALIZATIONS[name]([delta] * 3, WEIGHTS, Context("key", NAMES), **KEEPING[name]), delta, 1e-12)
+    initialize, delta = INITIALIZATIONS[name], deltas_of()[0]
+    count = experts_for(initialize)
+    for weights in ([1.0] * count, WEIGHTS[:count]):
+        if weights[-1] == 1.0 or KEEPING[name].get("scale") != 1 / 3:  # a sum, of which the scale above makes a mean
+            close(initialize([delta] * count, weights, Context("key", NAMES[:count]), **KEEPING[name]), delta, 1e-12)
 
 
 def test_the_two_tables_of_initializations_agree():

@@ -13,7 +13,9 @@ from torch import Tensor
 import mats_hub
 from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Kronecker
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.initialization.consensus import multi_task_vector, task_mask
 from mats_hub.initialization.dare import rescaled
+from mats_hub.initialization.ties import elect
 from mats_hub.linear_system import match
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.solver import conjugate_gradient, exact
@@ -27,6 +29,7 @@ CG = load_file(GOLDEN / "mats_cg.safetensors")
 TIES = load_file(GOLDEN / "ties.safetensors")
 DARE = load_file(GOLDEN / "dare.safetensors")
 DATA_FREE = load_file(GOLDEN / "datafree.safetensors")
+TALL = load_file(GOLDEN / "tall.safetensors")
 RUNS = {
     (run["kind"], run["init"], run["maxiter"], run["precision"], run["tensor"]): run
     for run in json.loads((GOLDEN / "runs.json").read_text())["cg_runs"]
@@ -283,3 +286,60 @@ def test_wudi_as_a_merge(folders):
         theirs = DATA_FREE.get(f"wudi/exact_from_sum/f64/{parameter}", sum(data_free_deltas(parameter)))
         close(written[parameter] - base(parameter, "f64"), theirs, 1e-12)
     assert {record.key for record in merged.report.solved} == {f"{module}.weight" for module in LINEAR}
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("parameter", PARAMETERS)
+@pytest.mark.parametrize(("method", "options"), [("iso_c", {}), ("iso_cts", {"common": 0.4}), ("tsvm", {})])
+def test_spectral_methods(method, options, parameter, precision):
+    name = method + (f"_{options['common']}" if options else "")
+    deltas = [(weight - base(parameter, "f32")).to(DTYPES[precision]) for weight in experts(parameter, "f32")]
+    theirs = DATA_FREE[f"{name}/{precision}/{parameter}"]
+    close(
+        INITIALIZATIONS[method](deltas, [1.0] * 3, Context(), **options), theirs, {"f32": 2e-5, "f64": 1e-11}[precision]
+    )
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_dare_ties_elects_after_dropping(parameter):
+    """The reference's deltas without a rescaling are ours times the density."""
+    kept = [
+        torch.where(DARE[f"mask/{task}/{parameter}"].bool(), weight - base(parameter, "f32"), 0)
+        for task, weight in zip(TASKS, experts(parameter, "f32"), strict=True)
+    ]
+    ours = base(parameter, "f32") + 0.3 * elect(kept, [1.0] * 3, "sum")
+    close(ours, DARE[f"dare_ties_w0.3_unnormalized/mergekit_none/{parameter}"], CLOSED_FORM["f32"])
+
+
+VECTORS = {"task_arithmetic": {"vector": "task_arithmetic"}, "ties_k20_sum": {"vector": "ties", "density": 0.2}}
+SELECTED = {
+    "task_arithmetic": ("task_arithmetic", (0.4, 0.3, 0.5)),
+    "task_arithmetic_strict": ("task_arithmetic", (1.0, 0.6, 1.0)),
+    "ties_k20_sum": ("ties_k20_sum", (0.4, 0.3, 0.5)),
+}
+
+
+def tall_deltas() -> list[Tensor]:
+    return list(TALL["flat/finetuned"] - TALL["flat/pretrained"])
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_masks_of_what_each_task_uses(name):
+    options = {"density": 0.2, **VECTORS[name]}
+    merged = multi_task_vector(tall_deltas(), [1.0] * 3, Context(), **options)
+    close(merged, TALL[f"merged_tv/{name}"], 1e-6)
+    for scale in (0.2, 0.3, 0.4, 0.5, 0.6, 1.0):
+        masks = torch.stack([task_mask(delta, TALL[f"merged_tv/{name}"], scale) for delta in tall_deltas()])
+        assert torch.equal(masks, TALL[f"mask/{name}/lambda{scale}"])
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("agreement", range(5))
+@pytest.mark.parametrize("name", SELECTED)
+def test_consensus(name, agreement, alpha):
+    vector, scales = SELECTED[name]
+    ours = INITIALIZATIONS["consensus"](
+        tall_deltas(), [1.0] * 3, Context(), **VECTORS[vector], scale=alpha, agreement=agreement, mask_scale=scales
+    )
+    assert torch.equal(ours != 0, TALL[f"consensus/{name}/k{agreement}/mask"] & (TALL[f"merged_tv/{vector}"] != 0))
+    close(TALL["flat/pretrained"] + ours, TALL[f"consensus/{name}/k{agreement}/alpha{alpha}_flat"], 1e-6)

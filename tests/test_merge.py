@@ -65,7 +65,8 @@ def problem(*arguments, **options) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_an_ordinary_repository(family, tmp_path, method):
-    merged = mats_hub.merge(family.experts, base=family.base, method=method, output=tmp_path / "out")
+    experts = family.experts[:2] if method == "slerp" else family.experts
+    merged = mats_hub.merge(experts, base=family.base, method=method, output=tmp_path / "out")
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the film").input_ids == [2, 6, 8, 3]

@@ -16,7 +16,7 @@ ROOT = Path(mats_hub.__file__).parents[1]
 PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
-    ("errors", "methods"),
+    ("errors", "initialization_options", "methods"),
     (
         "hf_extension",
         "recipe",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Context:
     """The place of one weight in a merge.
 
@@ -15,6 +17,9 @@ class Context:
         seed: the recipe's seed.
         thresholds: for each expert the magnitude below which an entry of the whole task vector is trimmed, when the
             initialization trims globally; None lets it trim this weight alone.
+        origin: the weight that the task vectors start from.
+        transposed: whether the weight is stored ``[in, out]``.
+        stacked: whether it stacks the matrices of several experts along its first dimension.
 
     """
 
@@ -22,3 +27,6 @@ class Context:
     experts: tuple[str, ...] = ()
     seed: int = 0
     thresholds: tuple[float, ...] | None = None
+    origin: Tensor | None = None
+    transposed: bool = False
+    stacked: bool = False

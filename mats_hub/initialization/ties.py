@@ -19,27 +19,33 @@ def ties(
     scale: float = 1.0,
     density: float = 0.2,
     trim: str = "global",
+    fuse: str = "mean",
 ) -> Tensor:
     """Return scale · (mean over the experts that agree with the elected sign), in the deltas' shape.
 
     1. Trim: of each expert keep the largest `density` of its entries by magnitude, over its whole task vector
        (`context.thresholds`, as in the paper) or, without them, over this weight alone.
     2. Elect: the sign of Σ wᵢ δᵢ per entry; a sum of exactly zero elects +.
-    3. Merge: Σ wᵢ δᵢ / Σ wᵢ over the experts whose entry is kept and has the elected sign.
+    3. Merge: Σ wᵢ δᵢ / Σ wᵢ over the experts whose entry is kept and has the elected sign; with `fuse` ``sum``, Σ wᵢ δᵢ.
 
     `trim` says which of the two the recipe asks for; it acts through `context.thresholds`.
     """
     cuts = context.thresholds or tuple(_threshold(delta, density) for delta in deltas)
     # Magnitudes are ranked and compared in float32: rounding must not put an entry under its own threshold.
     trimmed = [torch.where(delta.abs().float() >= cut, delta, 0) for delta, cut in zip(deltas, cuts, strict=True)]
-    weighted = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
+    return scale * elect(trimmed, weights, fuse)
+
+
+def elect(deltas: Sequence[Tensor], weights: Sequence[float], fuse: str) -> Tensor:
+    """Return, per entry, the weighted mean or sum of those deltas that are not zero and have the sign of Σ wᵢ δᵢ."""
+    weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
     positive = torch.stack(weighted).sum(0) >= 0
     total, mass = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])
     for delta, weight in zip(weighted, weights, strict=True):
         agrees = torch.where(positive, delta > 0, delta < 0)
         total += torch.where(agrees, delta, 0)
         mass += agrees * abs(weight)
-    return scale * torch.where(mass > 0, total / torch.where(mass > 0, mass, 1), 0)
+    return total if fuse == "sum" else torch.where(mass > 0, total / torch.where(mass > 0, mass, 1), 0)
 
 
 def kept_rank(count: int, density: float) -> int:

@@ -35,6 +35,17 @@ METHODS: dict[str, list[dict]] = {
     "task arithmetic": grid(method=["task_arithmetic"], scale=[0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
     "TIES": grid(method=["ties"], density=[0.1, 0.2, 0.5], scale=[0.7, 1.0, 1.5]),
     "DARE": grid(method=["dare"], density=[0.5], scale=[0.3, 0.5, 0.6]),
+    "DARE-TIES": grid(method=["dare_ties"], density=[0.5], scale=[0.3, 0.5, 0.7]),
+    "DELLA": grid(method=["della"], density=[0.5], scale=[0.3, 0.5, 0.7]),
+    "Breadcrumbs": grid(method=["breadcrumbs"], density=[0.9], outliers=[0.01], scale=[0.3, 0.5, 0.7]),
+    "Model Stock": grid(method=["model_stock"]),
+    "TSV-M": grid(method=["tsvm"], scale=[0.6, 1.0, 1.4]),
+    "Iso-C": grid(method=["iso_c"], scale=[0.3, 0.5, 0.7, 1.0]),
+    "Iso-CTS": grid(method=["iso_cts"], scale=[0.3, 0.5, 0.7, 1.0]),
+    "KnOTS-TIES": grid(method=["knots"], density=[0.2, 1.0], scale=[1.0, 1.5, 2.0]),
+    "Consensus TA": grid(method=["consensus"], mask_scale=[[0.2], [0.4], [0.6]], scale=[0.3, 0.5, 0.7]),
+    "Consensus TIES": grid(method=["consensus_ties"], mask_scale=[[0.2], [0.4], [0.6]], scale=[0.3, 0.5, 0.7]),
+    "WUDI": grid(method=["wudi"], iterations=[1, 2, 5, 10]),
     "Fisher": grid(method=["fisher"], normalization=["none", "trace"]),
     "RegMean": grid(method=["regmean"], off_diagonal=[0.9, 1.0]),
     "MaTS, Gram, from average": grid(method=["mats"], curvature=["gram"], iterations=[10, 50, 100]),
@@ -54,6 +65,12 @@ METHODS: dict[str, list[dict]] = {
     "MaTS, K-FAC, damped, trace-normalized, from task arithmetic": grid(
         **DAMPED, normalization=["trace"], initialization=["task_arithmetic"], scale=[0.3, 0.5]
     ),
+}
+METHODS |= {
+    f"MaTS, K-FAC, damped, trace-normalized, from {title}": grid(
+        **{**DAMPED, "damping": [0.1, 0.01]}, normalization=["trace"], initialization=[name], scale=scales
+    )
+    for title, name, scales in (("Iso-C", "iso_c", [0.5, 0.7]), ("TSV-M", "tsvm", [0.6, 1.0]))
 }
 
 SKETCHED = {"for_adapter": True, "rank": 16}
