@@ -11,6 +11,7 @@ A merge, from floor to floor:
     recipe, plan, merging                  what is asked for, what will happen to every tensor, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
+    candidates, choosing                   many recipes on one reading, scored: settings, methods
     browsing, replaying                    what others published: found, traced back, made again
 """
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mats_hub.browsing import browse, lineage
+    from mats_hub.choosing import compare, tune
     from mats_hub.errors import MatsError
     from mats_hub.evaluation import evaluate
     from mats_hub.hub import push, push_statistics
@@ -42,6 +44,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Statistics": "statistics",
     "browse": "browsing",
+    "compare": "choosing",
     "compute_statistics": "statistics",
     "evaluate": "evaluation",
     "lineage": "browsing",
@@ -51,6 +54,7 @@ _HOMES = {
     "push": "hub",
     "push_statistics": "hub",
     "replay": "replaying",
+    "tune": "choosing",
 }
 """Public name → its module; loaded when first used, so that ``import mats_hub`` loads nothing heavy."""
 
@@ -63,6 +67,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "browse",
+    "compare",
     "compute_statistics",
     "evaluate",
     "lineage",
@@ -72,6 +77,7 @@ __all__ = [
     "push",
     "push_statistics",
     "replay",
+    "tune",
 ]
 
 

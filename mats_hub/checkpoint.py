@@ -178,17 +178,28 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._layout:  # a file without a tensor is a file, too
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            with suppress(OSError) if kind else nullcontext():
+                self.close()
+
+    def finish(self) -> None:
+        """Check that everything was written, and write the index."""
+        if not self._layout:  # a file without a tensor is a file, too
             self.begin(self.files[0])
             self.complete(self.files[0])
+        missing = sum(len(shard) for shard in self._missing.values())
+        if missing:
+            raise RuntimeError(f"only {len(self._places) - missing} of {len(self._places)} tensors were written")
+        self._write_index()
+
+    def close(self) -> None:
+        """Close files that are not complete."""
         for file, _ in self._open.values():
-            with suppress(OSError) if kind else nullcontext():
-                file.close()
-        if kind is None:
-            missing = sum(len(shard) for shard in self._missing.values())
-            if missing:
-                raise RuntimeError(f"only {len(self._places) - missing} of {len(self._places)} tensors were written")
-            self._write_index()
+            file.close()
+        self._open.clear()
 
     @property
     def order(self) -> tuple[str, ...]:

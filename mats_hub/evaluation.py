@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.loading import load
+from mats_hub.scoring import score
 from mats_hub.source import open_source
 from mats_hub.statistics.tasks import Columns, load_dataset, open_task
 
@@ -27,10 +28,11 @@ def evaluate(
     base: str | Path | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
+    metric: str = "accuracy",
     device: str = "auto",
     token: str | None = None,
 ) -> float:
-    """Return a model's accuracy on a data set, in [0, 1]: of labels, or of tokens for language models.
+    """Return a model's score on a data set: its accuracy in [0, 1] (of labels, or of tokens for language models), or another.
 
     Args:
         model: a merged model's folder or Hub id, or a transformers model.
@@ -47,6 +49,7 @@ def evaluate(
         base: the base of a merged adapter, when it is not the one it names.
         batch_size: examples in one pass.
         max_length: tokens after which a text is cut.
+        metric: ``accuracy``, ``f1``, ``loss`` or ``perplexity``; see `mats_hub.scoring.score`.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         token: Hub token; the one stored on this machine otherwise.
 
@@ -67,4 +70,4 @@ def evaluate(
     files = [open_source(processor if processor is not None else model, token)]
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
-    return data.accuracy(network.to(place), batch_size, place)
+    return score(data, network.to(place), metric, batch_size, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,16 @@ def _results(report: MergeReport) -> Any:
     axes.set(ylabel=report.results[0]["metric"], ylim=(0, 1) if max(scores.values()) <= 1 else (0, None))
     axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def draw_table(values: Mapping[str, float], label: str, path: Path) -> None:
+    """Draw named numbers as horizontal bars from 0, in their order, into a PNG file."""
+    figure, axes = _figure(7, 1.2 + 0.24 * len(values))
+    positions = range(len(values))
+    axes.barh(positions, list(values.values()), color="#4c6ef5")
+    axes.set_yticks(positions, list(values), fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set(xlabel=label, xlim=(0, max(1.0, *values.values()) if values else 1))
+    _save(figure, path)

@@ -335,12 +335,8 @@ def _write_all(
         records = write(plan, place, device, {"mats_recipe_sha256": digest}, progress, watch, journal)
     if not is_first():
         return agreed(None)
-    if not as_adapter:  # a config.json beside an adapter would make it look like a model
-        _write_config(plan, folder)
-    for expert in plan.experts:
-        _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
+    notes = [*plan.notes, *write_surroundings(plan, folder)]
     plan.finish_reading()
-    notes = [*plan.notes, *_copy_companions(plan, folder)]
     (folder / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
     report = MergeReport(
         recipe=plan.recipe.model_dump(mode="json"),
@@ -355,6 +351,15 @@ def _write_all(
     write_card(report, folder)
     journal.remove()
     return agreed(report)
+
+
+def write_surroundings(plan: Plan, folder: Path) -> list[str]:
+    """Write all that a merged model is loaded with beside its weights: config, heads of its tasks, tokenizer; return notes."""
+    if plan.recipe.output.format == "full":  # a config.json beside an adapter would make it look like a model
+        _write_config(plan, folder)
+    for expert in plan.experts:
+        _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
+    return _copy_companions(plan, folder)
 
 
 def _weights(folder: Path) -> list[Path]:

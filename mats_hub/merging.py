@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,20 @@ def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.devic
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged task vector of one tensor, what is to be said of it, and the system it solves (None: nothing solved)."""
+    """The merged task vector of one tensor.
+
+    Attributes:
+        value: the task vector.
+        record: what is to be said of it.
+        system: what it solves; None when nothing was solved.
+        iterates: the task vectors after other numbers of steps, where they were asked for.
+
+    """
 
     value: Tensor
     record: TensorRecord
     system: LinearSystem | None = None
+    iterates: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def merge_deltas(
@@ -125,6 +134,8 @@ def merge_deltas(
     stored: bool = False,
     basis: Tensor | None = None,
     width: int | None = None,
+    curvatures: list[Curvature] | None = None,
+    iterates: Sequence[int] = (),
 ) -> Merged:
     """Merge the task vectors of one tensor.
 
@@ -136,6 +147,8 @@ def merge_deltas(
         stored: whether `deltas` have the stored shape instead, perhaps ``[in, out]`` or a convolution's; so has the result then.
         basis: orthonormal columns ``[out, k]`` that the deltas are coordinates ``[k, in]`` in.
         width: how many inputs the weight has, where the deltas are coordinates in the span of fewer.
+        curvatures: what `curvatures_at` returns, where that is known.
+        iterates: numbers of conjugate-gradient steps whose results are wanted beside the last one.
 
     """
     weights = [expert.weight for expert in plan.experts]
@@ -153,19 +166,19 @@ def merge_deltas(
     shape = start.shape
     if stored:
         *deltas, start = (_as_matrix(tensor, entry, plan) for tensor in (*deltas, start))
-    whole = curvatures_at(plan, entry, deltas)
+    whole = list(curvatures_at(plan, entry, deltas) if curvatures is None else curvatures)
     if plan.recipe.solver.damping:
         size = start.shape if basis is None else torch.Size((len(basis), *start.shape[1:]))
         # Directions outside of the span have no curvature, and count in the mean.
         factor = plan.recipe.solver.damping * (start.shape[-1] / width if width else 1)
         whole.append(match(whole, deltas, weights).damping(factor, size))
         deltas, weights = [*deltas, start], [*weights, 1.0]
-    curvatures = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
+    acting = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
     measured = [] if plan.recipe.curvature.kind == "task_vector" else [s for s in plan.statistics if s]
     accuracy = max((statistics.accuracy for statistics in measured), default=0.0)
-    system = match(curvatures, deltas, weights, accuracy)
+    system = match(acting, deltas, weights, accuracy)
     try:
-        solution = solve(system, start, plan.recipe.solver)
+        solution = solve(system, start, plan.recipe.solver, iterates)
     except NumericalError as error:
         raise NumericalError(
             f"tensor {entry.key!r}: {error}. Measure the experts' statistics again, or take it out of the match with exclude"
@@ -187,8 +200,12 @@ def merge_deltas(
         lifted = match(whole, [basis @ delta for delta in deltas], weights)
         outside = _norm(lifted.residual(basis @ value)) / (_norm(lifted.rhs) or 1.0)
         record = replace(record, outside=outside)
-    turned = stored and entry.transposed
-    return Merged((value.mT if turned else value).reshape(shape), record, system)
+
+    def as_stored(tensor: Tensor) -> Tensor:
+        return (tensor.mT if stored and entry.transposed else tensor).reshape(shape)
+
+    kept = {step: as_stored(iterate) for step, iterate in solution.iterates.items()}
+    return Merged(as_stored(value), record, system, kept)
 
 
 def _as_matrix(tensor: Tensor, entry: Entry, plan: Plan) -> Tensor:
@@ -214,13 +231,18 @@ def curvatures_at(plan: Plan, entry: Entry, deltas: list[Tensor]) -> list[Curvat
     return found
 
 
-def solve(system: LinearSystem, start: Tensor, options: Solver) -> Solution:
+def solve(system: LinearSystem, start: Tensor, options: Solver, iterates: Sequence[int] = ()) -> Solution:
     """Solve one weight's system as the recipe's solver options say."""
     if options.method == "exact":
         return exact(system, start)
     preconditioner = kronecker_preconditioner(system) if options.preconditioner == "kronecker" else None
     return conjugate_gradient(
-        system, start, iterations=options.iterations, tolerance=options.tolerance, preconditioner=preconditioner
+        system,
+        start,
+        iterations=options.iterations,
+        tolerance=options.tolerance,
+        preconditioner=preconditioner,
+        iterates=iterates,
     )
 
 
@@ -228,8 +250,9 @@ def make_context(plan: Plan, device: torch.device, show: Progress, journal: Jour
     """Return what initializations may depend on; where whole task vectors are trimmed, they are read for the thresholds."""
     context = Context(experts=tuple(e.name for e in plan.experts), seed=plan.recipe.seed)
     if plan.recipe.initialization.global_density is not None:
+        density = plan.recipe.initialization.global_density
         if "thresholds" not in journal.notes:
-            journal.note("thresholds", _thresholds(plan, device, show))
+            journal.note("thresholds", thresholds(plan, [density], device, show)[density])
         return replace(context, thresholds=tuple(journal.notes["thresholds"]))
     return context
 
@@ -271,25 +294,27 @@ def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
     return torch.float64 if plan.is_double and device.type != "mps" else torch.float32
 
 
-def _thresholds(plan: Plan, device: torch.device, show: Progress) -> tuple[float, ...]:
-    """Return each expert's global trimming threshold, from two passes over the task vectors."""
-    density = plan.recipe.initialization.global_density
-    assert density is not None
+def thresholds(
+    plan: Plan, densities: Sequence[float], device: torch.device, show: Progress
+) -> dict[float, tuple[float, ...]]:
+    """Return density → each expert's global trimming threshold, from two passes over the task vectors."""
     entries = plan.merged_entries
-    ranks = [MagnitudeRank(density) for _ in plan.experts]
+    ranks = {density: [MagnitudeRank(density) for _ in plan.experts] for density in densities}
+    every = [rank for held in ranks.values() for rank in held]
     entries = share(entries, lambda entry: entry.header.numel)
     for number in (1, 2):
         for entry in show(entries, len(entries), f"magnitudes, pass {number} of 2"):
             _, deltas = deltas_at(plan, entry, device)
-            for expert, rank, delta in zip(plan.experts, ranks, deltas, strict=True):
-                if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
-                    rank.add(delta)
+            for held in ranks.values():
+                for expert, rank, delta in zip(plan.experts, held, deltas, strict=True):
+                    if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
+                        rank.add(delta)
         plan.finish_reading()
-        for rank in ranks:
+        for rank in every:
             rank.counts = summed(rank.counts)
             if number == 1:
                 rank.narrow()
-    return tuple(rank.value() for rank in ranks)
+    return {density: tuple(rank.value() for rank in held) for density, held in ranks.items()}
 
 
 def check_finite(tensor: Tensor, owner: str, key: str) -> Tensor:

@@ -156,7 +156,7 @@ class TaskData:
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
             moved = [IGNORED] * shift + tokens
             return [IGNORED if old == IGNORED else new for old, new in zip(labels, moved, strict=False)]
-        if self._is_regression:
+        if self.is_regression:
             drawn = logits + torch.randn(logits.shape, generator=generator)
             return float(drawn) if len(drawn) == 1 else drawn.tolist()
         if not self.classes and self.config.problem_type == "multi_label_classification":
@@ -219,7 +219,7 @@ class TaskData:
         output = self.forward(model, batch)
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])
-        logits, labels = self._shifted(output.logits, batch["labels"])
+        logits, labels = self.shifted(output.logits, batch["labels"])
         losses = nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
         )
@@ -233,7 +233,7 @@ class TaskData:
             StatisticsError: the model predicts numbers, not labels.
 
         """
-        if self._is_regression and not self.task.per_token:
+        if self.is_regression and not self.task.per_token:
             raise StatisticsError(
                 "a regression head predicts numbers, of which there is no accuracy; compare them yourself"
             )
@@ -243,7 +243,7 @@ class TaskData:
         for batch in self.batches(batch_size, device):
             logits, labels = self.logits(model, batch), batch["labels"]
             if self.task.per_token:
-                logits, labels = self._shifted(logits, labels)
+                logits, labels = self.shifted(logits, labels)
             counted = labels != IGNORED
             predicted = (logits > 0).to(labels) if several else logits.argmax(-1)
             right += int((predicted == labels)[counted].sum())
@@ -251,10 +251,12 @@ class TaskData:
         return right / max(count, 1)
 
     @property
-    def _is_regression(self) -> bool:
+    def is_regression(self) -> bool:
+        """Whether the model predicts numbers."""
         return not self.classes and _is_regression(self.config)
 
-    def _shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and labels of tokens, those of one place beside each other."""
         # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
         return (logits, labels) if self.config.is_encoder_decoder else (logits[:, :-1], labels[:, 1:])
 
