@@ -9,6 +9,7 @@ from pathlib import Path
 from mats_hub.architecture import align, describe
 from mats_hub.errors import MatsError, StatisticsMismatch
 from mats_hub.expert import Expert
+from mats_hub.methods import ADAPTERS, FULL, NO_BASE
 from mats_hub.plan import MATRIX_KINDS, Action, Plan
 from mats_hub.recipe import STATISTICS_KINDS, ExpertEntry
 from mats_hub.source import open_source
@@ -33,10 +34,12 @@ def open_statistics(plan: Plan, token: str | bool | None) -> None:
     held = [statistics for statistics in plan.statistics if statistics]
     kinds = [kind for kind in STATISTICS_KINDS if held and all(statistics.covers(kind) for statistics in held)]
     if recipe.method == "auto":
-        plan.recipe = recipe.resolve(kinds if len(held) == len(plan.experts) else ())
+        facts = set(kinds) if len(held) == len(plan.experts) else set()
+        facts.add(NO_BASE if plan.base is None else ADAPTERS if any(e.adapter for e in plan.experts) else FULL)
+        plan.recipe, because = recipe.resolve(facts)
         lacking = [e.name for e, s in zip(plan.experts, plan.statistics, strict=True) if s is None]
-        because = f"there are no statistics for {', '.join(lacking)}" if lacking else "every expert has statistics"
-        plan.notes.append(f"no method was named: {plan.recipe.method} is used, because {because}")
+        some = f" (none for {', '.join(lacking)})" if lacking and held else ""
+        plan.notes.append(f"no method was named: {plan.recipe.method} is used, because {because}{some}")
         return
     if recipe.curvature is None or data_free:
         return

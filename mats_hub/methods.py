@@ -211,7 +211,60 @@ IMPLIED_BY_CURVATURE: dict[str, dict[str, dict[str, Any]]] = {
 """What a kind of curvature implies, by part of a recipe, where nothing else is given."""
 
 AUTO = "auto"
-"""The method of a recipe that leaves the choice to what is there: MaTS with statistics, else `DATA_FREE_DEFAULT`."""
+"""The method of a recipe that leaves the choice to what is there: the first row of `DEFAULTS` that fits."""
 
-DATA_FREE_DEFAULT = "ties"
-"""What is used when no method is named and the experts have no statistics."""
+
+@dataclass(frozen=True)
+class Default:
+    """What is used when no method is named.
+
+    Attributes:
+        fact: what has to be there: statistics of a kind for every expert, or how the experts are.
+        because: the same in words.
+        settings: the recipe's method and parts.
+
+    """
+
+    fact: str
+    because: str
+    settings: Mapping[str, Any]
+
+
+FULL, ADAPTERS, NO_BASE = "full checkpoints", "adapters", "no base"
+
+DEFAULTS = (
+    Default(
+        "kfac",
+        "every expert has K-FAC statistics (damped, preconditioned and normalized: the setting that was good on all experts)",
+        {
+            "method": "mats",
+            "curvature": {"kind": "kfac", "normalization": "trace"},
+            "solver": {"preconditioner": "kronecker", "damping": 0.01, "iterations": 30},
+        },
+    ),
+    Default(
+        "gram",
+        "every expert has Gram statistics, whose system has a closed form",
+        {"method": "mats", "curvature": {"kind": "gram"}, "solver": {"method": "exact"}},
+    ),
+    Default(
+        "block_fisher",
+        "every expert has block Fisher statistics",
+        {"method": "mats", "curvature": {"kind": "block_fisher"}},
+    ),
+    Default(
+        "fisher", "every expert has Fisher statistics", {"method": "fisher", "curvature": {"normalization": "trace"}}
+    ),
+    Default(NO_BASE, "without statistics and without a base nothing else can be done", {"method": "average"}),
+    Default(
+        FULL,
+        "there are no statistics, and full checkpoints' own task vectors tell which directions matter",
+        {"method": "mats", "curvature": {"kind": "task_vector"}, "initialization": {"method": "task_arithmetic"}},
+    ),
+    Default(
+        ADAPTERS,
+        "there are no statistics, and adapters' task vectors tell little more than TIES uses",
+        {"method": "ties"},
+    ),
+)
+"""The decision table of method ``auto``, the first row that fits; README has the measurements behind it."""

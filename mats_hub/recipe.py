@@ -22,7 +22,7 @@ from mats_hub.initialization_options import (
     Part,
     Positive,
 )
-from mats_hub.methods import AUTO, DATA_FREE_DEFAULT, IMPLIED_BY_CURVATURE, METHODS
+from mats_hub.methods import AUTO, DEFAULTS, IMPLIED_BY_CURVATURE, METHODS
 
 RECIPE_FILE = "mats_recipe.yaml"
 NAME_PATTERN = r"^\w[\w.-]*$"
@@ -112,7 +112,10 @@ class Recipe(Part):
     method implies.
     """
 
-    method: str = Field("auto", description="the named method; auto takes mats where there are statistics, else ties")
+    method: str = Field(
+        "auto",
+        description="the named method; auto takes what fits the statistics, experts and base there are, and says what and why",
+    )
     base: str | None = Field(None, description="the pretrained model; an adapter's own base when not given")
     experts: tuple[ExpertEntry, ...] = Field(min_length=1)
     initialization: Initialization = Field(default_factory=Average)
@@ -265,21 +268,16 @@ class Recipe(Part):
         """Return the recipe as YAML, every value written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
-    def resolve(self, kinds: Collection[str]) -> Recipe:
-        """Return the recipe with method ``auto`` replaced by what fits.
+    def resolve(self, facts: Collection[str]) -> tuple[Recipe, str]:
+        """Return the recipe with method ``auto`` replaced by what fits, and why in words.
 
         Args:
-            kinds: the kinds of curvature that every expert has statistics for; MaTS with the most detailed of them, or
-                `DATA_FREE_DEFAULT` when there is none.
+            facts: the kinds of statistics that every expert has, and what the experts are (see `mats_hub.methods.DEFAULTS`).
 
         """
-        if self.method != AUTO:
-            return self
+        row = next(row for row in DEFAULTS if row.fact in facts)
         content = self.model_dump(exclude={"initialization", "curvature", "solver"})
-        kind = next((kind for kind in ("kfac", "gram", "block_fisher", "fisher") if kind in kinds), None)
-        if kind is None:
-            return self.from_mapping({**content, "method": DATA_FREE_DEFAULT})
-        return self.from_mapping({**content, "method": "mats", "curvature": {"kind": kind}})
+        return self.from_mapping({**content, **row.settings}), row.because
 
 
 PARTS_OF_METHOD = {"initialization": "method", "curvature": "kind", "solver": "method"}
