@@ -11,6 +11,7 @@ A merge, from floor to floor:
     recipe, plan, merging                  what is asked for, what will happen to every tensor, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
+    compressing, bundle                    experts as masks of one multi-task vector, and back
     candidates, choosing                   many recipes on one reading, scored: settings, methods
     browsing, replaying                    what others published: found, traced back, made again
 """
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mats_hub.browsing import browse, lineage
     from mats_hub.choosing import compare, tune
+    from mats_hub.compressing import compress
     from mats_hub.errors import MatsError
     from mats_hub.evaluation import evaluate
     from mats_hub.hub import push, push_statistics
@@ -45,6 +47,7 @@ _HOMES = {
     "Statistics": "statistics",
     "browse": "browsing",
     "compare": "choosing",
+    "compress": "compressing",
     "compute_statistics": "statistics",
     "evaluate": "evaluation",
     "lineage": "browsing",
@@ -68,6 +71,7 @@ __all__ = [
     "__version__",
     "browse",
     "compare",
+    "compress",
     "compute_statistics",
     "evaluate",
     "lineage",

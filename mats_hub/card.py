@@ -15,6 +15,7 @@ import yaml
 from mats_hub.errors import HubError
 from mats_hub.figures import draw_figures
 from mats_hub.methods import METHODS
+from mats_hub.plan import human_bytes
 from mats_hub.recipe import RECIPE_FILE
 from mats_hub.report import MERGED, REPORT_FILE, MergeReport, TensorRecord
 
@@ -73,6 +74,9 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         "datasets": list(dict.fromkeys(datasets)),
         "tags": list(dict.fromkeys(["merge", "mats", MERGE_TAG, report.recipe["method"]])),
     }
+    if report.bundle:
+        content["library_name"] = MERGE_TAG
+        content["tags"].insert(0, "compressed")
     if report.recipe["output"]["format"] == "adapter":
         base = report.base and report.base["repo_id"]
         content.update(library_name="peft", base_model=base, base_model_relation="adapter" if base else None)
@@ -159,6 +163,7 @@ def _values(report: MergeReport, figures: list[str], repo_id: str | None) -> dic
         "environment": report.environment,
         "files": report.files,
         "figures": figures,
+        "bundle": _bundle_values(report),
         **_convergence_values(report),
         **_result_values(report),
     }
@@ -196,7 +201,7 @@ def _model_index(report: MergeReport, repo_id: str | None) -> list[dict[str, Any
 
 def _usage(report: MergeReport, place: str) -> str:
     first = report.experts[0]
-    if any(expert["kept"] for expert in report.experts):
+    if report.bundle or any(expert["kept"] for expert in report.experts):
         tasks = ", ".join(repr(expert["name"]) for expert in report.experts)
         return f"import mats_hub\n\nmodel = mats_hub.load({place!r}, task={first['name']!r})  # one of: {tasks}"
     name = first["class"]
@@ -328,6 +333,27 @@ def _result_values(report: MergeReport) -> dict[str, Any]:
         values = [scores.get((task, metric, model)) for model in models]
         rows.append({"task": task, "metric": metric, "values": ["–" if v is None else f"{v:.3f}" for v in values]})
     return {"results": rows, "result_models": models}
+
+
+def _bundle_values(report: MergeReport) -> dict[str, Any] | None:
+    if not report.bundle:
+        return None
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f} %"
+
+    facts = report.bundle
+    rows = [
+        {
+            "task": name,
+            "scale": f"{task['mask_scale']:g}",
+            "size": human_bytes(task["bytes"]),
+            "kept": share(task["kept"]),
+        }
+        for name, task in facts["tasks"].items()
+    ]
+    sizes = {name: human_bytes(facts[name]) for name in ("bytes", "expert_bytes", "full_bytes")}
+    return {"rows": rows, **sizes}
 
 
 def _link(facts: dict[str, Any]) -> str:

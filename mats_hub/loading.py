@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.architecture import describe
+from mats_hub.bundle import BUNDLE_FILE, Bundle
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
 from mats_hub.expert import Expert
@@ -119,13 +121,15 @@ def load(
 ) -> Any:
     """Return a merged model as a transformers object, with the head and the labels of one of its tasks.
 
+    Of experts that were compressed into one repository (`mats_hub.compress`) it is the task's own expert, rebuilt.
+
     Args:
         model: a folder or Hub id of a merged model, or of an expert; an adapter is merged into its base.
         task: one of the tasks it was merged from; needed only when heads are kept per task.
         dtype: what to load the weights in; ``auto`` takes the stored one (of an adapter's base: float32).
         device: where to put it.
         token: Hub token; the one stored on this machine otherwise.
-        base: an adapter's base, when it is not the one it names.
+        base: the base of an adapter or of compressed experts, when it is not the one they name.
 
     Returns:
         A transformers model in eval mode.
@@ -136,6 +140,11 @@ def load(
 
     """
     source = open_source(model, token)
+    if BUNDLE_FILE in source.sizes:
+        bundle = Bundle(source, base)
+        with tempfile.TemporaryDirectory(prefix="mats_hub-") as folder:
+            bundle.expand(bundle.check_task(task), Path(folder))
+            return _load_task(open_source(folder), bundle.check_task(task), None, None, dtype).to(device).eval()
     adapter = Expert(source, source.name) if "adapter_config.json" in source.sizes else None
     dtype = "float32" if adapter and dtype == "auto" else dtype
     if task is not None:

@@ -31,7 +31,7 @@ from mats_hub.planning import make_plan
 from mats_hub.processes import agreed, is_first, join, local_device, wait
 from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
-from mats_hub.report import REPORT_FILE, MergeReport, Watch
+from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord, Watch
 from mats_hub.source import Source, file_sha256, give_usual_mode, open_source
 
 COMPANION_FILES = (
@@ -338,19 +338,29 @@ def _write_all(
     notes = [*plan.notes, *write_surroundings(plan, folder)]
     plan.finish_reading()
     (folder / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
-    report = MergeReport(
-        recipe=plan.recipe.model_dump(mode="json"),
-        base=_facts(plan.base.source) if plan.base else None,
-        experts=[_expert_facts(plan, index) for index in range(len(plan.experts))],
-        tensors=records,
-        environment=_environment(str(device), dtype),
-        files={path.name: journal.files.get(path.name) or file_sha256(path) for path in _weights(folder)},
-        notes=notes,
-    )
+    files = {path.name: journal.files.get(path.name) or file_sha256(path) for path in _weights(folder)}
+    report = make_report(plan, records, device, files, notes)
     report.write(folder)
     write_card(report, folder)
     journal.remove()
     return agreed(report)
+
+
+def make_report(
+    plan: Plan, records: list[TensorRecord], device: Any, files: dict[str, str], notes: list[str]
+) -> MergeReport:
+    """Return the report of what was done by a plan."""
+    from mats_hub.merging import compute_dtype
+
+    return MergeReport(
+        recipe=plan.recipe.model_dump(mode="json"),
+        base=_facts(plan.base.source) if plan.base else None,
+        experts=[_expert_facts(plan, index) for index in range(len(plan.experts))],
+        tensors=records,
+        environment=_environment(str(device), str(compute_dtype(plan, device)).removeprefix("torch.")),
+        files=files,
+        notes=notes,
+    )
 
 
 def write_surroundings(plan: Plan, folder: Path) -> list[str]:

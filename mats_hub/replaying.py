@@ -96,6 +96,10 @@ def replay(
                 f"{source.spec!r} was merged from folders, of which {entry.model!r} is not here; run it where they are, or "
                 "publish the experts and merge those"
             )
+    if report.bundle:
+        raise SourceError(
+            f"{source.spec!r} holds compressed experts; make it again with 'mats-hub compress' and its recipe"
+        )
     recipe = recipe.changed(**changes) if changes else recipe
     merged = merge(recipe, output=output, device=device, stream=stream, token=token, progress=progress)
     if changes:

@@ -85,6 +85,8 @@ class MergeReport:
             dataset, and of a registered benchmark task_id.
         notes: what a careful reader would want to know.
         parent: the merge that this is a variant of, ``owner/name@commit``.
+        bundle: of compressed experts: for each task λ, bytes and fraction kept of its mask; bytes of all, of the experts as they
+            are, and of as many full checkpoints.
 
     """
 
@@ -97,6 +99,7 @@ class MergeReport:
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     parent: str | None = None
+    bundle: dict[str, Any] | None = None
 
     @property
     def solved(self) -> list[TensorRecord]:

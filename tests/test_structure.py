@@ -24,6 +24,7 @@ FLOORS = (
         "delta",
         "device",
         "initialization",
+        "localize",
         "processes",
         "progress",
         "statistics.sketch",
@@ -31,7 +32,7 @@ FLOORS = (
     ("linear_system", "source", "architecture", "report"),
     ("solver", "streaming", "figures"),
     ("checkpoint",),
-    ("adapter", "journal", "statistics.accumulate"),
+    ("adapter", "bundle", "journal", "statistics.accumulate"),
     ("statistics.watch", "statistics.storage", "statistics.parallel"),
     ("statistics.file",),
     ("statistics.remote",),
@@ -49,16 +50,17 @@ FLOORS = (
     ("adapter_merging", "card", "eval_results"),
     ("hub", "merged_model"),
     ("demo", "browsing", "candidates", "jobs", "replaying"),
-    ("choosing",),
+    ("choosing", "compressing"),
     ("cli.recipes", "cli.statistics"),
     ("cli.browsing", "cli.choosing"),
+    ("cli.compression",),
     ("cli",),
     ("__main__",),
 )
 """Modules by floor: one may import those of lower floors, and its own floor's only when they are named in ASIDE."""
 
 ASIDE = {("hub", "merged_model"), ("merged_model", "hub")}
-TORCH_ONLY = ("curvature", "delta", "linear_system", "solver", "initialization")
+TORCH_ONLY = ("curvature", "delta", "localize", "linear_system", "solver", "initialization")
 
 
 def module_name(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mats_hub import __version__
-from mats_hub.cli import browsing, choosing, recipes, statistics
+from mats_hub.cli import browsing, choosing, compression, recipes, statistics
 from mats_hub.errors import MatsError
 from mats_hub.hf_extension import program_name
 from mats_hub.methods import METHODS
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     demo.set_defaults(run=_demo)
 
-    for module in (statistics, recipes, choosing, browsing):
+    for module in (statistics, recipes, choosing, compression, browsing):
         module.add_commands(commands)
     page = commands.add_parser("ui", help="open the page in which all this is done by clicking, on this machine")
     page.add_argument("--port", type=int, help="where to serve it; the first free one from 7860 on otherwise")
