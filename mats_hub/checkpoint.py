@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError
-from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, TensorHeader
+from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, TensorHeader, tensor_offsets
 from mats_hub.streaming import StreamedFile
 
 TORCH_DTYPES = {name: getattr(torch, own) for name, own in TORCH_DTYPE_NAMES.items()}
@@ -71,6 +71,7 @@ class Checkpoint:
         check_fields(self.config, CONFIG_FIELDS, f"{source.spec!r}: config.json")
         self.headers: dict[str, TensorHeader] = dict(headers or {})
         self._streams: dict[str, StreamedFile] = {}
+        self._offsets: dict[str, dict[str, int]] = {}
         if headers is not None:
             return
         if self.config.get("quantization_config"):
@@ -101,10 +102,9 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         filename = self.headers[name].file
-        if filename in self._streams or self.source.is_streamed(filename):
-            if filename not in self._streams:
-                self._streams[filename] = StreamedFile(self.source, filename)
-            return self._streams[filename].tensor(name)
+        stream = self._stream(filename)
+        if stream:
+            return stream.tensor(name)
         try:
             # Opened anew for each tensor, so that a file's pages are given back with the tensors read from it.
             with safe_open(self.source.path(filename), framework="pt") as file:
@@ -113,6 +113,33 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.source.spec!r}: {filename} cannot be read ({error}); fetch it again"
             ) from None
+
+    def _stream(self, filename: str) -> StreamedFile | None:
+        if filename not in self._streams and self.source.is_streamed(filename):
+            self._streams[filename] = StreamedFile(self.source, filename)
+        return self._streams.get(filename)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the entries from `start` up to `stop` (excluded) of one tensor, flat, as it is stored.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+
+        """
+        header = self.headers[name]
+        stream = self._stream(header.file)
+        if stream:
+            return stream.part(name, start, stop)
+        path, width = self.source.path(header.file), DTYPE_BYTES[header.dtype]
+        if header.file not in self._offsets:
+            self._offsets[header.file] = tensor_offsets(path)
+        content = bytearray((stop - start) * width)
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[header.file][name] + start * width)
+            if file.readinto(content) != len(content):
+                raise CheckpointError(f"{self.source.spec!r}: {header.file} is cut short; fetch it again")
+        dtype = TORCH_DTYPES[header.dtype]
+        return torch.frombuffer(content, dtype=torch.uint8).view(dtype) if content else torch.empty(0, dtype=dtype)
 
     def streamed(self) -> dict[str, dict[str, str]]:
         """Return what was read by range: file → chunk's number → its hash."""
@@ -211,6 +238,10 @@ class CheckpointWriter:
         """The names of the shards."""
         return tuple(self._shards)
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype a tensor is written in, as safetensors spells it."""
+        return self._layout[name].dtype
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor to its place, cast to the layout's dtype; the last one of a shard completes it."""
         file = self._places.get(name)
@@ -223,13 +254,17 @@ class CheckpointWriter:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write a tensor to its place, in a shard that another process may complete."""
-        file = self._places[name]
+        self.put_part(name, 0, tensor.reshape(-1))
+
+    def put_part(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write flat entries of a tensor to their place, from entry `start` on; see `put`."""
+        file, header = self._places[name], self._layout[name]
         if file not in self._open:
             self.begin(file)
-        stored = tensor.detach().to("cpu", TORCH_DTYPES[self._layout[name].dtype]).contiguous()
+        stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
         opened, offsets = self._open[file]
-        opened.seek(offsets[name])
-        opened.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+        opened.seek(offsets[name] + start * DTYPE_BYTES[header.dtype])
+        opened.write(stored.view(torch.uint8).numpy().data)
 
     def begin(self, file: str, create: bool = True) -> None:
         """Open a shard, and write its header unless another process has done so."""

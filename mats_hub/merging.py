@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,9 @@ from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
 from mats_hub.statistics.file import conditioned_gram
+
+PART_ENTRIES = 2**20
+"""How many entries are merged at a time where that is done entry by entry: what fits a processor's cache."""
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 
@@ -64,12 +68,9 @@ def merge_tensors(
             _begin(writer, file)
             which = f", file {number} of {len(writer.pending)}" if len(writer.pending) > 1 else ""
             for key in show(mine, len(mine), f"merging ({plan.recipe.method}){which}"):
-                tensor, record = _merge_entry(plan, entries[key], context, device)
-                check_cast(tensor, layout[key].dtype, key)
-                writer.put(key, tensor)
-                made.append(record)
+                made.append(_merge_entry(plan, entries[key], context, device, writer))
                 if watch:
-                    watch(record)
+                    watch(made[-1])
             writer.release(file)
             told = gathered((made, [checkpoint.streamed() for checkpoint in plan.checkpoints]))
             journal.notes["streamed"] = _union([streamed for _, streamed in told])
@@ -99,13 +100,40 @@ def _begin(writer: CheckpointWriter, file: str) -> None:
         writer.begin(file, create=False)
 
 
-def _merge_entry(plan: Plan, entry: Entry, context: Context, device: torch.device) -> tuple[Tensor, TensorRecord]:
-    if entry.action not in (Action.SOLVE, Action.INITIALIZE):
-        copied = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
-        return copied, TensorRecord(entry.key, entry.action, entry.reason)
-    origin, deltas = deltas_at(plan, entry, device)
-    merged = merge_deltas(plan, entry, deltas, replace(context, origin=origin), stored=True)
-    return origin + merged.value, merged.record
+def _merge_entry(
+    plan: Plan, entry: Entry, context: Context, device: torch.device, writer: CheckpointWriter
+) -> TensorRecord:
+    """Merge one tensor, write it to its place, and return what is to be said of it."""
+    if entry.action is Action.INITIALIZE and plan.entry_by_entry:
+        return _merge_in_parts(plan, entry, context, device, writer)
+    if entry.action in (Action.SOLVE, Action.INITIALIZE):
+        origin, deltas = deltas_at(plan, entry, device)
+        merged = merge_deltas(plan, entry, deltas, replace(context, origin=origin), stored=True)
+        tensor, record = origin + merged.value, merged.record
+    else:
+        tensor = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
+        record = TensorRecord(entry.key, entry.action, entry.reason)
+    check_cast(tensor, writer.dtype(entry.key), entry.key)
+    writer.put(entry.key, tensor)
+    return record
+
+
+def _merge_in_parts(
+    plan: Plan, entry: Entry, context: Context, device: torch.device, writer: CheckpointWriter
+) -> TensorRecord:
+    """Merge one tensor part by part, so that memory holds a part of it and not the whole."""
+    weights, initialize = [expert.weight for expert in plan.experts], _initialize(plan)
+    squares = [0.0] * (len(plan.experts) + 1)
+    for start, origin, deltas in parts_at(plan, entry, device):
+        merged = initialize(deltas, weights, context)
+        value = origin + merged
+        check_cast(value, writer.dtype(entry.key), entry.key)
+        writer.put_part(entry.key, start, value)
+        for number, tensor in enumerate((merged, *deltas)):
+            squares[number] += _norm(tensor) ** 2
+    norm, *norms = (math.sqrt(square) for square in squares)
+    record = TensorRecord(entry.key, entry.action, entry.reason, initialization_norm=norm, solution_norm=norm)
+    return replace(record, expert_norms=tuple(norms))
 
 
 @dataclass(frozen=True)
@@ -289,6 +317,43 @@ def deltas_at(plan: Plan, entry: Entry, device: torch.device) -> tuple[Tensor, l
     return origin, deltas
 
 
+def parts_at(plan: Plan, entry: Entry, device: torch.device) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    """Yield what `deltas_at` returns in flat parts, for what is done entry by entry: from where, the origin, the task vectors.
+
+    Where an expert does not hold the tensor whole (an adapter), there is one part.
+    """
+    readers = _readers(plan, entry)
+    if not readers:
+        origin, deltas = deltas_at(plan, entry, device)
+        yield 0, origin.flatten(), [delta.flatten() for delta in deltas]
+        return
+    dtype, count = compute_dtype(plan, device), entry.header.numel
+    size = PART_ENTRIES if device.type == "cpu" else 64 * PART_ENTRIES
+    for start in range(0, count, size):
+        parts = [
+            check_finite(read(start, min(start + size, count)).to(device, dtype), owner, entry.key)
+            for owner, read in readers
+        ]
+        origin = parts.pop() if plan.base else torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+        yield start, origin, [part - origin for part in parts]
+
+
+def _readers(plan: Plan, entry: Entry) -> list[tuple[str, Callable[[int, int], Tensor]]]:
+    """Return, for every expert and then the base, who it is and how to read a part; nothing unless all hold it whole."""
+    key = entry.key
+    found: list[tuple[str, Callable[[int, int], Tensor]]] = []
+    for expert in plan.experts:
+        own = expert.names.get(key)
+        if own is None or own not in expert.whole or key in expert.rows:
+            return []
+        found.append((f"expert {expert.name!r}", partial(expert.checkpoint.part, expert.whole[own])))
+    if plan.base is not None:
+        if entry.origin is None or plan.base_weights is None:
+            return []
+        found.append(("the base", partial(plan.base_weights.part, entry.origin)))
+    return found
+
+
 def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
     """Return what is computed in: float32, or float64 where a model is stored in it and the device has it."""
     return torch.float64 if plan.is_double and device.type != "mps" else torch.float32
@@ -304,11 +369,11 @@ def thresholds(
     entries = share(entries, lambda entry: entry.header.numel)
     for number in (1, 2):
         for entry in show(entries, len(entries), f"magnitudes, pass {number} of 2"):
-            _, deltas = deltas_at(plan, entry, device)
-            for held in ranks.values():
-                for expert, rank, delta in zip(plan.experts, held, deltas, strict=True):
-                    if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
-                        rank.add(delta)
+            for _, _, deltas in parts_at(plan, entry, device):
+                for held in ranks.values():
+                    for expert, rank, delta in zip(plan.experts, held, deltas, strict=True):
+                        if expert.holds(entry.key):  # what an adapter does not touch is no part of its task vector
+                            rank.add(delta)
         plan.finish_reading()
         for rank in every:
             rank.counts = summed(rank.counts)

@@ -236,6 +236,14 @@ class Plan:
                 )
         return found
 
+    @property
+    def entry_by_entry(self) -> bool:
+        """Whether the initialization of an entry depends on the experts' values of this entry alone (and on thresholds)."""
+        start = self.recipe.initialization
+        if start.method == "ties":
+            return start.global_density is not None
+        return start.method in ("average", "task_arithmetic", "consensus")
+
     def in_factors(self, entry: Entry) -> bool:
         """Tell whether a weight of a merge into a LoRA adapter is merged in the experts' factors, and not as a dense matrix.
 

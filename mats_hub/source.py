@@ -439,6 +439,14 @@ def read_header(path: Path, spec: str) -> tuple[dict[str, TensorHeader], dict[st
     return check_header(raw, size - 8 - length, spec, path.name), metadata if isinstance(metadata, dict) else {}
 
 
+def tensor_offsets(path: Path) -> dict[str, int]:
+    """Return where each tensor begins in a well-formed local safetensors file, in bytes from its beginning."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in raw.items() if name != "__metadata__"}
+
+
 def check_header(raw: dict[str, Any], data_bytes: int | None, spec: str, filename: str) -> dict[str, TensorHeader]:
     """Return the tensors of a parsed header after checking dtypes, shapes and offsets.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError, WrongBytes
-from mats_hub.source import TORCH_DTYPE_NAMES, Source, check_header
+from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, check_header
 
 CHUNK_BYTES = 8 * 2**20
 """What one request asks for."""
@@ -69,12 +69,15 @@ class StreamedFile:
             WrongBytes: the file is read through and has other bytes than the Hub says.
 
         """
-        header, begin = self._headers[name], self._offsets[name]
-        content = self._read(begin, begin + header.nbytes)
-        dtype = getattr(torch, TORCH_DTYPE_NAMES[header.dtype])
-        if not content:
-            return torch.empty(header.shape, dtype=dtype)
-        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(header.shape)
+        header = self._headers[name]
+        return self.part(name, 0, header.numel).reshape(header.shape)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the entries from `start` up to `stop` (excluded) of one tensor, flat, as it is stored; see `tensor`."""
+        dtype = getattr(torch, TORCH_DTYPE_NAMES[self._headers[name].dtype])
+        width, begin = DTYPE_BYTES[self._headers[name].dtype], self._offsets[name]
+        content = self._read(begin + start * width, begin + stop * width)
+        return torch.frombuffer(content, dtype=torch.uint8).view(dtype) if content else torch.empty(0, dtype=dtype)
 
     def finish(self) -> None:
         """Fetch what was not asked for, and check the file's hash.

@@ -238,12 +238,31 @@ def test_the_recipe_in_the_folder_repeats_the_merge(family, tmp_path, monkeypatc
         assert len(file.metadata()["mats_recipe_sha256"]) == 64
 
 
-def test_auto_takes_mats_with_statistics_and_says_so_without(family, tmp_path):
-    assert mats_hub.merge(family.experts, base=family.base).report.recipe["method"] == "mats"
+def test_auto_takes_what_fits_and_says_why(family, tmp_path):
+    def chosen(experts, **options):
+        plan = mats_hub.make_plan(mats_hub.Recipe.build(experts, **options))
+        (note,) = [note for note in plan.notes if note.startswith("no method was named")]
+        return plan.recipe, note
+
+    recipe, note = chosen(family.experts, base=family.base)
+    assert (recipe.method, recipe.curvature.kind, recipe.curvature.normalization) == ("mats", "kfac", "trace")
+    assert (recipe.solver.preconditioner, recipe.solver.damping, recipe.solver.iterations) == ("kronecker", 0.01, 30)
+    assert "every expert has K-FAC statistics" in note
     bare = families.make_family(tmp_path / "bare")
-    report = mats_hub.merge(bare.experts, base=bare.base).report
-    assert report.recipe["method"] == "ties"
-    assert any("no statistics for alpha, beta, gamma" in note for note in report.notes)
+    recipe, note = chosen(bare.experts, base=bare.base)
+    assert (recipe.method, recipe.curvature.kind) == ("mats", "task_vector")
+    assert "there are no statistics" in note
+    assert chosen(bare.experts)[0].method == "average"
+    mixed, note = chosen([family.experts[0], *bare.experts[1:]], base=family.base)
+    assert mixed.curvature.kind == "task_vector"
+    assert "(none for beta, gamma)" in note
+    for seed in (1, 2):
+        models.lora_adapter(Path(bare.base), tmp_path / f"lora{seed}", seed=seed, labels=2)
+    assert chosen([str(tmp_path / f"lora{seed}") for seed in (1, 2)])[0].method == "ties"
+    merged = mats_hub.merge(family.experts, base=family.base)
+    assert note.split(":")[0] in (merged.folder / "README.md").read_text()
+    again = mats_hub.Recipe.load(merged.folder / "mats_recipe.yaml")
+    assert (again.method, again.solver.damping) == ("mats", 0.01)
 
 
 def test_save_copies_and_no_local_path_is_written(family, tmp_path):

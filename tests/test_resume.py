@@ -161,6 +161,7 @@ def test_a_streamed_merge_goes_on_and_bytes_of_the_first_run_are_checked(hub, lo
 
     with monkeypatch.context() as patch:
         patch.setattr(mats_hub.Plan, "shortages", armed)
+        patch.setattr(streaming, "AHEAD", 0)  # so that what is flipped is used
         cut(tmp_path / "again")
     with pytest.raises(WrongBytes, match="other bytes than the first time"):
         merge(tmp_path / "again", method="average", max_shard_size="8KB")
