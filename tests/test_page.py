@@ -138,7 +138,7 @@ def add(page, spec: str) -> None:
 def test_from_the_example_to_a_published_merge_and_its_remix(visit, published):
     page = visit()
     click(page, "Try the example")
-    page.get_by_text("They fit together").wait_for()
+    page.get_by_text("They fit together").wait_for(timeout=60_000)  # the example trains its experts first
     click(page, "Next: choose how")
     page.get_by_text("example/sideways-parity").last.wait_for()
     click(page, "Next: see the plan")
