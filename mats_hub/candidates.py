@@ -20,6 +20,7 @@ from mats_hub.plan import Action, Entry, Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Recipe
+from mats_hub.source import Source
 
 DISK_SHARE = 0.5
 """Of what is free, that candidates may take at a time."""
@@ -31,7 +32,7 @@ class Candidate:
 
     Attributes:
         label: what it is called in tables.
-        recipe: what to merge and how; pinned once it is planned.
+        recipe: what to merge and how; what is on the Hub is pinned once it is planned.
         folder: where it is merged, while it is there.
         problem: why it cannot be merged; '' when it can.
         scores: task → score.
@@ -71,7 +72,7 @@ def merge_candidates(
         try:
             candidate.plan = make_plan(candidate.recipe, token)
             candidate.plan.raise_problems()
-            candidate.recipe = candidate.plan.recipe
+            candidate.recipe = as_given(candidate.plan)
         except MatsError as error:
             candidate.problem = " ".join(str(error).split())
     able = [c for c in candidates if not c.problem]
@@ -79,7 +80,7 @@ def merge_candidates(
     together = [c for c in able if c.plan and c.plan.recipe.output.format == "full" and not _folds(c.plan)]
     for candidate in (c for c in able if c not in together):
         try:
-            merged = merge(_as_given(candidate), device=str(device), token=token, progress=progress)
+            merged = merge(candidate.recipe, device=str(device), token=token, progress=progress)
             candidate.folder = merged.folder
         except NumericalError as error:
             candidate.problem = str(error)
@@ -102,23 +103,21 @@ def _folds(plan: Plan) -> bool:
     return any(isinstance(expert.adapter, FoldedAdapter) for expert in plan.experts)
 
 
-def _as_given(candidate: Candidate) -> Recipe:
-    """Return the recipe with folders by their whole path, which a pinned one does not have."""
-    assert candidate.plan
-    sources = [expert.source for expert in candidate.plan.experts]
+def as_given(plan: Plan) -> Recipe:
+    """Return a plan's recipe, what is on the Hub pinned, and what is in folders by the paths that it was given by."""
+
+    def place(source: Source) -> str:
+        return str(source.folder) if source.repo_id is None else source.public_spec
+
+    paths = [str(s.path) if s and s.path and s.path.exists() else None for s in plan.statistics]
     experts = [
-        entry.model_copy(update={"model": str(source.folder or source.public_spec), "statistics": statistics})
-        for entry, source, statistics in zip(
-            candidate.recipe.experts, sources, _statistics_paths(candidate.plan), strict=True
+        entry.model_copy(
+            update={"model": place(expert.source), "statistics": plan.statistics_at.get(expert.name) or path}
         )
+        for entry, expert, path in zip(plan.recipe.experts, plan.experts, paths, strict=True)
     ]
-    base = candidate.plan.base.source if candidate.plan.base else None
-    where = str(base.folder or base.public_spec) if base else None
-    return candidate.recipe.model_copy(update={"experts": tuple(experts), "base": where})
-
-
-def _statistics_paths(plan: Plan) -> list[str | None]:
-    return [str(s.path) if s and s.path else None for s in plan.statistics]
+    base = place(plan.base.source) if plan.base else None
+    return plan.recipe.model_copy(update={"experts": tuple(experts), "base": base})
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mats_hub.candidates import Candidate, merge_candidates
+from mats_hub.candidates import Candidate, as_given, merge_candidates
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.figures import draw_table
@@ -159,7 +159,7 @@ def tune(
     start = as_recipe(recipe, **options)
     plan = make_plan(start, token)
     plan.raise_problems()
-    resolved = start if start.method != "auto" else _with_sources(plan.recipe, start)
+    resolved = start if start.method != "auto" else as_given(plan)
     values = {name: list(held) for name, held in (grid or default_grid(resolved)).items()}
     settings = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     candidates = [Candidate(_label(setting) or resolved.method, resolved.changed(**setting)) for setting in settings]
@@ -206,7 +206,7 @@ def compare(
             if not all(candidate.problem for candidate in choice.candidates):
                 best = choice.best
                 label = f"{name} ({best.label})" if best.label != name else name
-                candidates.append(Candidate(label, _with_sources(best.recipe, start)))
+                candidates.append(Candidate(label, best.recipe))
                 continue
         candidates.append(Candidate(name, recipe))
     return _scored(candidates, plan, tasks, part, (), device, token, progress)
@@ -306,15 +306,6 @@ def _scored(
                 network = load(candidate.folder, name if kept else None, dtype="float32", base=spec)
                 candidate.scores[name] = suite.score(name, part, network, candidate.folder, str(place), token)
     return Choice(candidates, part, {name: suite[name].metric for name in counted}, experts)
-
-
-def _with_sources(recipe: Recipe, given: Recipe) -> Recipe:
-    """Return a pinned recipe whose models are called as they were given, so that folders are found again."""
-    experts = [
-        theirs.model_copy(update={"name": ours.name, "weight": ours.weight})
-        for theirs, ours in zip(given.experts, recipe.experts, strict=True)
-    ]
-    return recipe.model_copy(update={"experts": tuple(experts), "base": given.base})
 
 
 def _label(setting: Mapping[str, Any]) -> str:

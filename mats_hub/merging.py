@@ -18,16 +18,13 @@ from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.journal import Journal
 from mats_hub.linear_system import LinearSystem, match
-from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
+from mats_hub.plan import MATRIX_KINDS, PART_ENTRIES, Action, Entry, Plan
 from mats_hub.processes import gathered, is_first, share, summed, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
 from mats_hub.statistics.file import conditioned_gram
-
-PART_ENTRIES = 2**20
-"""How many entries are merged at a time where that is done entry by entry: what fits a processor's cache."""
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 

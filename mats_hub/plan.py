@@ -29,6 +29,9 @@ SPECTRAL_INITIALIZATIONS = ("tsvm", "iso_c", "iso_cts", "knots")
 MATRIX_KINDS = ("gram", "kfac", "task_vector")
 """The kinds of curvature that act on ``[out, in]`` matrices; the others act on a tensor as it is stored."""
 
+PART_ENTRIES = 2**20
+"""How many entries are merged at a time where that is done entry by entry: what fits a processor's cache."""
+
 INTERPRETER_BYTES = 450 * 10**6
 """What Python, torch and transformers take before a weight is read."""
 
@@ -268,6 +271,8 @@ class Plan:
         if in_factors:  # in float64: the factors, what is stacked of them, their bases and the result
             held = [(expert, expert.names[entry.key]) for expert in self.experts if expert.holds(entry.key)]
             tensors = 48 * sum(e.checkpoint.headers[name].numel for e, own in held for name in e.files(own))
+        elif not solved and self.entry_by_entry and not any(expert.adapter for expert in self.experts):
+            tensors = width * min(n, PART_ENTRIES) * (3 * count + 4)
         else:
             tensors = width * n * (3 * count + 4 + (8 if solved else 0))
         if not solved or self.recipe.curvature is None or self.recipe.solver is None:

@@ -92,7 +92,10 @@ def test_tune_scores_every_setting_on_validation_data_alone(local, tasks, tmp_pa
     assert choice.best is choice.candidates[ratios.index(max(ratios))]
     assert choice.metrics == {"alpha": "accuracy", "beta": "accuracy", "gamma": "loss"}
     best = choice.save(tmp_path / "tuned")
-    assert Recipe.load(best).initialization.scale == choice.best.recipe.initialization.scale
+    again = mats_hub.merge(best)
+    assert again.report.recipe["initialization"]["scale"] == choice.best.recipe.initialization.scale
+    alpha = mats_hub.evaluate(again.folder, task="alpha", dataset=str(local.data("alpha")))
+    assert choice.best.scores["alpha"] == alpha
     content = json.loads((tmp_path / "tuned/scores.json").read_text())
     assert [row["label"] for row in content["candidates"]] == [c.label for c in choice.candidates]
     assert (tmp_path / "tuned/scores.png").stat().st_size > 5000
@@ -150,6 +153,8 @@ def test_the_commands(local, tasks, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "scale 0.4" in out
     assert "best on validation data: scale" in out
+    assert main(["merge", str(tmp_path / "tuned/best.yaml"), "--output", str(tmp_path / "again")]) == 0
+    capsys.readouterr()
     assert main(["compare", *flags, "--methods", "average,ties", "--output", str(tmp_path / "compared")]) == 0
     assert "best on validation data" in capsys.readouterr().out
     assert main(["tune", *flags, *tuning[:2], "--grid", "scale", "--output", "x"]) == 1
