@@ -100,7 +100,7 @@ def validate_card(text: str) -> None:
     from huggingface_hub import ModelCard, constants
     from huggingface_hub.utils import get_session
 
-    from mats_hub.source import hub_errors
+    from mats_hub.hub_client import hub_errors
 
     found = ""
     with hub_errors("the model card", HubError):

@@ -21,8 +21,9 @@ from mats_hub.initialization import Context
 from mats_hub.initialization.consensus import multi_task_vector, task_mask
 from mats_hub.loading import TASKS_FOLDER, load
 from mats_hub.localize import Packer
-from mats_hub.merged_model import MergedModel, as_recipe, check_output, make_report, staged, write_surroundings
+from mats_hub.merged_model import MergedModel, as_recipe, make_report, write_surroundings
 from mats_hub.merging import deltas_at, thresholds
+from mats_hub.output import check_output, staged
 from mats_hub.plan import Action, Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent

@@ -14,7 +14,8 @@ from mats_hub.device import one_thread
 from mats_hub.errors import SourceError
 from mats_hub.evaluation import evaluate
 from mats_hub.loading import load, quiet
-from mats_hub.merged_model import MergedModel, check_output, merge, staged
+from mats_hub.merged_model import MergedModel, merge
+from mats_hub.output import check_output, staged
 from mats_hub.progress import Progress
 from mats_hub.statistics import STATISTICS_FILE, compute_statistics
 

@@ -14,8 +14,9 @@ from mats_hub.card import CARD_FILE, render_card, validate_card
 from mats_hub.checkpoint import shard_names
 from mats_hub.errors import HubError
 from mats_hub.eval_results import eval_result_files
+from mats_hub.hub_client import hub_api, hub_errors, is_connection_error
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, Source, hub_api, hub_errors, is_connection_error, open_source
+from mats_hub.source import HUB_ID, Source, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
 from mats_hub.statistics.storage import INDEX_ENDING

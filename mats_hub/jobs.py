@@ -8,9 +8,10 @@ from typing import Any
 from mats_hub import __version__
 from mats_hub.errors import HubError, RecipeError, unknown
 from mats_hub.hub import check_can_push
+from mats_hub.hub_client import hub_api, hub_errors
 from mats_hub.planning import make_plan
 from mats_hub.recipe import Recipe
-from mats_hub.source import HUB_ID, hub_api, hub_errors
+from mats_hub.source import HUB_ID
 
 IMAGE = "python:3.12"
 GPU_IMAGE = "pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime"

@@ -9,7 +9,8 @@ from typing import Any
 
 from mats_hub.card import write_card
 from mats_hub.errors import CheckpointError, SourceError
-from mats_hub.merged_model import MergedModel, check_output, merge
+from mats_hub.merged_model import MergedModel, merge
+from mats_hub.output import check_output
 from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport

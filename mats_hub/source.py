@@ -6,22 +6,17 @@ import hashlib
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mats_hub.errors import CheckpointError, MatsError, SourceError, WrongBytes
+from mats_hub import __version__
+from mats_hub.errors import CheckpointError, SourceError, WrongBytes
+from mats_hub.hub_client import TRIES, hub_api, hub_errors, persistently
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
 
-Result = TypeVar("Result")
-
-TRIES = 3
-"""How often the Hub is asked for something, when what went wrong may pass."""
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -189,7 +184,7 @@ class Source:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         assert self.repo_id is not None
-        headers = build_hf_headers(token=self.token, library_name="mats_hub", library_version=_version())
+        headers = build_hf_headers(token=self.token, library_name="mats_hub", library_version=__version__)
         headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         url, timeout = hf_hub_url(self.repo_id, filename, revision=self.commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
         with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
@@ -331,90 +326,6 @@ def _hub_source(spec: str, repo_id: str, revision: str | None, token: str | bool
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     digests = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
     return Source(spec, info.id, info.sha, None, sizes, digests, token)
-
-
-def hub_api(token: str | bool | None = None) -> Any:
-    """Return a Hub client that names this library to the server."""
-    from huggingface_hub import HfApi
-
-    return HfApi(token=token, library_name="mats_hub", library_version=_version())
-
-
-def _version() -> str:
-    from mats_hub import __version__
-
-    return __version__
-
-
-@contextmanager
-def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterator[None]:
-    """Turn the Hub client's exceptions into one of ours that says what to do."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise error_class(
-            f"{spec!r} is gated: accept its terms on its page on the Hub, then sign in with 'hf auth login'"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise error_class(
-            f"{spec!r} is not on the Hub, or is private and this machine's token cannot see it. Check the spelling, "
-            "or sign in with 'hf auth login' (or set HF_TOKEN)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise error_class(f"{spec!r}: the repository exists but not that revision; see its list of commits") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise error_class(
-            f"{spec!r} is needed from the Hub, but HF_HUB_OFFLINE is set and it is not in the cache. Unset it, "
-            "or fetch it first with 'hf download'"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else "no"
-        way_out = "sign in with 'hf auth login'" if code in (401, 403) else "try again later"
-        message = str(error).strip().splitlines()
-        raise error_class(
-            f"{spec!r}: the Hub answered {code} ({message[-1] if message else 'no text'}); {way_out}"
-        ) from error
-    except (errors.HFValidationError, errors.EntryNotFoundError) as error:
-        raise error_class(f"{spec!r}: {error}") from error
-    except MatsError:
-        raise
-    except Exception as error:
-        if not is_connection_error(error):
-            raise
-        raise error_class(
-            f"{spec!r}: cannot reach the Hub ({type(error).__name__}). Check the network connection or HF_ENDPOINT, "
-            "or use local folders"
-        ) from error
-
-
-def persistently(call: Callable[[], Result]) -> Result:
-    """Return what a call of the Hub client returns, after trying again where what went wrong may pass.
-
-    The client itself does so for some requests only, and not after a connection is reset.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    for tries_left in reversed(range(TRIES)):
-        try:
-            return call()
-        except Exception as error:
-            status = (
-                error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-            )
-            passing = status >= 500 or (is_connection_error(error) and not isinstance(error, OfflineModeIsEnabled))
-            if not tries_left or not passing:
-                raise
-            time.sleep(2 ** (TRIES - tries_left - 1))
-    raise AssertionError("unreachable")
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Tell whether an exception of the Hub client means that no answer came."""
-    # The client moved from httpx to httpx2 in 2.x: its transport errors are known by name, not by import.
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return isinstance(error, OSError) or bool(names & {"TransportError", "RequestError", "ConnectError"})
 
 
 def read_header(path: Path, spec: str) -> tuple[dict[str, TensorHeader], dict[str, str]]:

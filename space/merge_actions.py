@@ -108,7 +108,7 @@ def search(words: str, token: gr.OAuthToken | None) -> Any:
         return gr.update(choices=[words], value=words, visible=True)
     if not words or len(words) > 100:
         raise gr.Error("Write some words of a model's name, or its id (owner/name).")
-    from mats_hub.source import hub_api, hub_errors
+    from mats_hub.hub_client import hub_api, hub_errors
 
     try:
         with hub_errors("the Hub's models"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import mats_hub
 from mats_hub import hub as pushing
-from mats_hub import source
+from mats_hub import hub_client, source
 from mats_hub.cli import main
 from mats_hub.errors import HubError, MatsError, SourceError
 
@@ -30,7 +30,7 @@ def local(tmp_path_factory):
 def token(hub, local, monkeypatch):
     """Put the family on the Hub as alice's and return her token; waiting between tries takes no time."""
     token = families.publish(hub, local)
-    monkeypatch.setattr(source.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
     return token
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import mats_hub
-from mats_hub import source, streaming
+from mats_hub import hub_client, source, streaming
 from mats_hub.cli import main
 from mats_hub.errors import MatsError, SourceError
 
@@ -27,7 +27,7 @@ def local(tmp_path_factory):
 @pytest.fixture
 def token(hub, local, monkeypatch):
     """Put the family on the Hub; waiting takes no time, and a file is many chunks."""
-    monkeypatch.setattr(source.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 5000)
     return families.publish(hub, local)
 

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from mats_hub.errors import MatsError
-from mats_hub.source import Source, hub_api, hub_errors, open_source
+from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.source import Source, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.storage import INDEX_ENDING
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mats_hub.errors import SourceError, StatisticsError, unknown
-from mats_hub.source import Source, hub_api, hub_errors
+from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.source import Source
 from mats_hub.statistics.collect import IGNORED
 
 GENERATED = "text that the model generated itself"
