@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -55,6 +56,14 @@ class Journal:
         }
         records = [TensorRecord.from_mapping(record) for record in content["records"]]
         self.records, self.notes = {record.key: record for record in records}, content["notes"]
+
+    def clear(self) -> None:
+        """Remove from the folder what is not finished, or is of another merge."""
+        for path in self._folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (*self.files, JOURNAL_FILE):
+                path.unlink()
 
     def _tell(self, path: Path) -> None:
         if self._on_file and is_first():

@@ -25,7 +25,7 @@ from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, fold, lo
 from mats_hub.output import check_output, resumable, staged
 from mats_hub.plan import Plan
 from mats_hub.planning import make_plan
-from mats_hub.processes import agreed, is_first, join, local_device
+from mats_hub.processes import agreed, is_first, join, local_device, wait
 from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord, Watch
@@ -240,6 +240,9 @@ def _write_all(
     write = merge_adapters if as_adapter else merge_tensors
     dtype = str(compute_dtype(plan, device)).removeprefix("torch.")
     journal = Journal(folder, digest_of([digest, __version__, device.type, dtype, plan.identity]), on_file)
+    if is_first():
+        journal.clear()
+    wait()
     with tempfile.TemporaryDirectory(prefix="mats_hub-") as spool:
         for expert in plan.experts:
             if isinstance(expert.adapter, FoldedAdapter):

@@ -102,6 +102,8 @@ def interrupted(tmp_path_factory):
 def test_what_was_finished_for_something_else_is_not_taken_up(interrupted, tmp_path, change):
     (family, root), options, made = interrupted, dict(OPTIONS), []
     stage = shutil.copytree(root / ".out.partial", tmp_path / ".out.partial")
+    (stage / "tasks/alpha").mkdir(parents=True)  # as if it was killed while the rest was written
+    (stage / "model-00001-of-00099.safetensors").write_bytes(b"of another layout")
     if change == "recipe":
         options["density"] = 0.5
     elif change == "expert":
@@ -115,6 +117,8 @@ def test_what_was_finished_for_something_else_is_not_taken_up(interrupted, tmp_p
     merged = mats_hub.merge(family.experts, base=family.base, output=tmp_path / "out", watch=made.append, **options)
     fresh = mats_hub.merge(family.experts, base=family.base, output=tmp_path / "fresh", **options)
     assert weights(merged.folder) == weights(fresh.folder)
+    names = [sorted(str(path.relative_to(m.folder)) for path in m.folder.rglob("*")) for m in (merged, fresh)]
+    assert names[0] == names[1]
     assert (len(made) < len(fresh.report.tensors)) == (change == "shard"), "the shard that was not damaged is kept"
 
 
