@@ -33,8 +33,11 @@ def experts(root, kind):
     return [str(root / f"{kind}{seed}") for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("method", DATA_FREE)
+ON_ADAPTERS = ("average", "ties", "dare", "tsvm", "iso_cts", "knots", "consensus", "wudi")
+CASES = [*((method, "full") for method in DATA_FREE), *((method, "lora") for method in ON_ADAPTERS)]
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES)
 def test_every_method_that_needs_no_statistics(family, method, kind):
     merged = mats_hub.merge(experts(family, kind), base=str(family / "base"), method=method)
     assert merged.report.recipe["method"] == method

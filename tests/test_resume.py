@@ -57,7 +57,7 @@ def interrupt(local, output: Path, after: int, number: int = signal.SIGKILL, **o
     return subprocess.run([sys.executable, "-c", INTERRUPTED, told], check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(local, whole, tmp_path, after):
     output, made = tmp_path / "out", []
     assert interrupt(local, output, after).returncode == -signal.SIGKILL
@@ -189,7 +189,7 @@ def measured(local):
     return local
 
 
-@pytest.mark.parametrize(("count", "method"), [(2, "mats"), (3, "ties")])
+@pytest.mark.parametrize(("count", "method"), [(3, "ties"), pytest.param(2, "mats", marks=pytest.mark.slow)])
 def test_several_processes_write_what_one_would(measured, tmp_path, count, method):
     flags = [*measured.experts, "--base", measured.base, "--method", method, "--max-shard-size", "8KB"]
     assert main(["merge", *flags, "--output", str(tmp_path / "one")]) == 0
@@ -202,6 +202,7 @@ def test_several_processes_write_what_one_would(measured, tmp_path, count, metho
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "several"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_and_the_rest_is_kept(local, whole, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
