@@ -11,7 +11,8 @@ Adding the factors of two Kronecker products would be wrong, so that is never do
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,9 +53,12 @@ class Curvature(ABC):
 
 @dataclass(frozen=True)
 class Identity(Curvature):
-    """C = scale · I: every direction matters alike, which gives the average of the experts."""
+    """C = scale · I: every direction matters alike, which gives the average of the experts.
 
-    scale: float = 1.0
+    Of stacked weights, the scale is a tensor with one number for each.
+    """
+
+    scale: float | Tensor = 1.0
 
     def matvec(self, value: Tensor) -> Tensor:
         """Return scale · value."""
@@ -62,7 +66,7 @@ class Identity(Curvature):
 
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return a tensor filled with the scale."""
-        return torch.full(shape, self.scale)
+        return torch.as_tensor(self.scale).expand(shape)
 
     def scaled(self, factor: float) -> Identity:
         """Return factor · C."""
@@ -222,6 +226,25 @@ class Sum(Curvature):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Sum:
         """Return the same map on `device` in `dtype`."""
         return Sum(tuple(term.to(device, dtype) for term in self.terms))
+
+
+def stack(curvatures: Sequence[Curvature], like: Tensor) -> Curvature | None:
+    """Return the map of several weights, each shaped as `like` is, stacked along a new first dimension.
+
+    None where they are not all multiples of the identity, all Grams, all Kronecker products or all diagonals of one shape.
+    """
+    kind = type(curvatures[0])
+    if any(type(curvature) is not kind for curvature in curvatures):
+        return None
+    if kind is Identity:
+        scales = [curvature.scale for curvature in curvatures if isinstance(curvature, Identity)]
+        return Identity(torch.tensor(scales).to(like).reshape(-1, *(1 for _ in like.shape)))
+    if kind not in (Gram, Kronecker, Diagonal):
+        return None
+    columns = [[getattr(curvature, f.name) for curvature in curvatures] for f in fields(kind)]  # type: ignore[arg-type]
+    if any(len({tensor.shape for tensor in column}) > 1 for column in columns):
+        return None
+    return kind(*(torch.stack(column) for column in columns))
 
 
 def restrict(curvature: Curvature, basis: Tensor) -> Curvature:

@@ -56,7 +56,16 @@ class StatisticsMismatch(StatisticsError):
 
 
 class NumericalError(MatsError):
-    """A non-finite value, or a curvature that is not positive semidefinite."""
+    """A non-finite value, or a curvature that is not positive semidefinite.
+
+    Attributes:
+        position: of the system among those that are solved together.
+
+    """
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 class OutputError(MatsError):

@@ -10,7 +10,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mats_hub.curvature import Curvature, Identity
+from mats_hub.curvature import Curvature, Identity, stack
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,17 @@ def match(
         raise ValueError(f"deltas of different shapes: {[tuple(delta.shape) for delta in deltas]}")
     scaled = tuple(c if w == 1 else c.scaled(w) for c, w in zip(curvatures, weights, strict=True))
     return LinearSystem(scaled, tuple(deltas), accuracy)
+
+
+def together(systems: Sequence[LinearSystem]) -> LinearSystem | None:
+    """Return several systems of one shape as one of stacked weights, or None where their curvatures do not stack."""
+    columns = zip(*(system.curvatures for system in systems), strict=True)
+    curvatures = [stack(column, systems[0].deltas[0]) for column in columns]
+    found = tuple(curvature for curvature in curvatures if curvature is not None)
+    if len(found) < len(curvatures):
+        return None
+    deltas = tuple(torch.stack(column) for column in zip(*(system.deltas for system in systems), strict=True))
+    return LinearSystem(found, deltas, max(system.accuracy for system in systems))
 
 
 def _sum(tensors) -> Tensor:  # type: ignore[no-untyped-def]

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter, parse_size
-from mats_hub.curvature import Curvature, restrict
 from mats_hub.errors import NumericalError
-from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.initialization import Context, MagnitudeRank
 from mats_hub.journal import Journal
-from mats_hub.linear_system import LinearSystem, match
-from mats_hub.plan import MATRIX_KINDS, PART_ENTRIES, Action, Entry, Plan
+from mats_hub.matching import Match, finish, initialization, norm, prepare
+from mats_hub.plan import PART_ENTRIES, Action, Entry, Plan
 from mats_hub.processes import gathered, is_first, share, summed, wait
 from mats_hub.progress import Progress, silent
-from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord, Watch
-from mats_hub.solver import Solution, conjugate_gradient, exact, kronecker_preconditioner
-from mats_hub.statistics.file import conditioned_gram
 
-Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
+SOLVED_TOGETHER = 2**23
+"""Entries of the tensors of one shape that an accelerator solves at once: small ones do not keep it busy one by one."""
 
 
 def merge_tensors(
@@ -60,14 +56,17 @@ def merge_tensors(
             checkpoint.recall(chunks)
         context = make_context(plan, device, show, journal) if writer.pending else Context()
         for number, (file, keys) in enumerate(writer.pending.items(), start=1):
-            mine = share(keys, lambda key: plan.work(entries[key]))
-            made = []
+            groups = _groups(plan, [entries[key] for key in keys], device)
+            mine = share(groups, lambda group: sum(plan.work(entry) for entry in group))
+            made: list[TensorRecord] = []
             _begin(writer, file)
             which = f", file {number} of {len(writer.pending)}" if len(writer.pending) > 1 else ""
-            for key in show(mine, len(mine), f"merging ({plan.recipe.method}){which}"):
-                made.append(_merge_entry(plan, entries[key], context, device, writer))
+            for group in show(mine, len(mine), f"merging ({plan.recipe.method}){which}"):
+                merged = _merge_group(plan, group, context, device, writer)
                 if watch:
-                    watch(made[-1])
+                    for record in merged:
+                        watch(record)
+                made += merged
             writer.release(file)
             told = gathered((made, [checkpoint.streamed() for checkpoint in plan.checkpoints]))
             journal.notes["streamed"] = _union([streamed for _, streamed in told])
@@ -97,29 +96,55 @@ def _begin(writer: CheckpointWriter, file: str) -> None:
         writer.begin(file, create=False)
 
 
-def _merge_entry(
-    plan: Plan, entry: Entry, context: Context, device: torch.device, writer: CheckpointWriter
-) -> TensorRecord:
-    """Merge one tensor, write it to its place, and return what is to be said of it."""
-    if entry.action is Action.INITIALIZE and plan.entry_by_entry:
-        return _merge_in_parts(plan, entry, context, device, writer)
-    if entry.action in (Action.SOLVE, Action.INITIALIZE):
+def _groups(plan: Plan, entries: list[Entry], device: torch.device) -> list[list[Entry]]:
+    """Return the tensors in groups that are solved at once: small ones of one shape, on an accelerator."""
+    groups: list[list[Entry]] = []
+    open_groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        like = (entry.header.shape, entry.transposed, entry.stacked)
+        group = open_groups.get(like)
+        fits = group is not None and (len(group) + 1) * entry.header.numel <= SOLVED_TOGETHER
+        if group is not None and fits and device.type != "cpu" and entry.action is Action.SOLVE:
+            group.append(entry)
+            continue
+        groups.append([entry])
+        if entry.action is Action.SOLVE:
+            open_groups[like] = groups[-1]
+    return groups
+
+
+def _merge_group(
+    plan: Plan, group: list[Entry], context: Context, device: torch.device, writer: CheckpointWriter
+) -> list[TensorRecord]:
+    """Merge one tensor or several that are solved together, write them to their places, and return what is to be said of them."""
+    if group[0].action is Action.INITIALIZE and plan.entry_by_entry:
+        return [_merge_in_parts(plan, entry, context, device, writer) for entry in group]
+    if group[0].action not in (Action.SOLVE, Action.INITIALIZE):
+        for entry in group:
+            _write(writer, entry.key, check_finite(plan.reference.tensor(entry.key), "the base", entry.key))
+        return [TensorRecord(entry.key, entry.action, entry.reason) for entry in group]
+    matches: list[Match] = []
+    origins: list[Tensor] = []
+    for entry in group:
         origin, deltas = deltas_at(plan, entry, device)
-        merged = merge_deltas(plan, entry, deltas, replace(context, origin=origin), stored=True)
-        tensor, record = origin + merged.value, merged.record
-    else:
-        tensor = check_finite(plan.reference.tensor(entry.key), "the base", entry.key)
-        record = TensorRecord(entry.key, entry.action, entry.reason)
-    check_cast(tensor, writer.dtype(entry.key), entry.key)
-    writer.put(entry.key, tensor)
-    return record
+        matches.append(prepare(plan, entry, deltas, replace(context, origin=origin), stored=True))
+        origins.append(origin)
+    made = finish(plan, matches)
+    for entry, origin, merged in zip(group, origins, made, strict=True):
+        _write(writer, entry.key, origin + merged.value)
+    return [merged.record for merged in made]
+
+
+def _write(writer: CheckpointWriter, key: str, tensor: Tensor) -> None:
+    check_cast(tensor, writer.dtype(key), key)
+    writer.put(key, tensor)
 
 
 def _merge_in_parts(
     plan: Plan, entry: Entry, context: Context, device: torch.device, writer: CheckpointWriter
 ) -> TensorRecord:
     """Merge one tensor part by part, so that memory holds a part of it and not the whole."""
-    weights, initialize = [expert.weight for expert in plan.experts], _initialize(plan)
+    weights, initialize = [expert.weight for expert in plan.experts], initialization(plan)
     squares = [0.0] * (len(plan.experts) + 1)
     for start, origin, deltas in parts_at(plan, entry, device):
         merged = initialize(deltas, weights, context)
@@ -127,148 +152,10 @@ def _merge_in_parts(
         check_cast(value, writer.dtype(entry.key), entry.key)
         writer.put_part(entry.key, start, value)
         for number, tensor in enumerate((merged, *deltas)):
-            squares[number] += _norm(tensor) ** 2
-    norm, *norms = (math.sqrt(square) for square in squares)
-    record = TensorRecord(entry.key, entry.action, entry.reason, initialization_norm=norm, solution_norm=norm)
+            squares[number] += norm(tensor) ** 2
+    size, *norms = (math.sqrt(square) for square in squares)
+    record = TensorRecord(entry.key, entry.action, entry.reason, initialization_norm=size, solution_norm=size)
     return replace(record, expert_norms=tuple(norms))
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The merged task vector of one tensor.
-
-    Attributes:
-        value: the task vector.
-        record: what is to be said of it.
-        system: what it solves; None when nothing was solved.
-        iterates: the task vectors after other numbers of steps, where they were asked for.
-
-    """
-
-    value: Tensor
-    record: TensorRecord
-    system: LinearSystem | None = None
-    iterates: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-def merge_deltas(
-    plan: Plan,
-    entry: Entry,
-    deltas: list[Tensor],
-    context: Context,
-    stored: bool = False,
-    basis: Tensor | None = None,
-    width: int | None = None,
-    curvatures: list[Curvature] | None = None,
-    iterates: Sequence[int] = (),
-) -> Merged:
-    """Merge the task vectors of one tensor.
-
-    Args:
-        plan: the merge.
-        entry: the tensor.
-        deltas: the experts' task vectors, all of one shape: ``[out, in]``; with `basis`, coordinates.
-        context: the merge's context.
-        stored: whether `deltas` have the stored shape instead, perhaps ``[in, out]`` or a convolution's; so has the result then.
-        basis: orthonormal columns ``[out, k]`` that the deltas are coordinates ``[k, in]`` in.
-        width: how many inputs the weight has, where the deltas are coordinates in the span of fewer.
-        curvatures: what `curvatures_at` returns, where that is known.
-        iterates: numbers of conjugate-gradient steps whose results are wanted beside the last one.
-
-    """
-    weights = [expert.weight for expert in plan.experts]
-    turned = stored and entry.turned
-    place = replace(context, key=entry.key, transposed=turned, stacked=entry.stacked and deltas[0].dim() == 3)
-    start = _initialize(plan)(deltas, weights, place)
-    norms: dict[str, Any] = {
-        "initialization_norm": _norm(start),
-        "expert_norms": tuple(_norm(delta) for delta in deltas),
-    }
-    if entry.action is Action.INITIALIZE:
-        return Merged(start, TensorRecord(entry.key, entry.action, entry.reason, solution_norm=_norm(start), **norms))
-    assert plan.recipe.solver is not None
-    assert plan.recipe.curvature is not None
-    shape = start.shape
-    if stored:
-        *deltas, start = (_as_matrix(tensor, entry, plan) for tensor in (*deltas, start))
-    whole = list(curvatures_at(plan, entry, deltas) if curvatures is None else curvatures)
-    if plan.recipe.solver.damping:
-        size = start.shape if basis is None else torch.Size((len(basis), *start.shape[1:]))
-        # Directions outside of the span have no curvature, and count in the mean.
-        factor = plan.recipe.solver.damping * (start.shape[-1] / width if width else 1)
-        whole.append(match(whole, deltas, weights).damping(factor, size))
-        deltas, weights = [*deltas, start], [*weights, 1.0]
-    acting = whole if basis is None else [restrict(curvature, basis) for curvature in whole]
-    measured = [] if plan.recipe.curvature.kind == "task_vector" else [s for s in plan.statistics if s]
-    accuracy = max((statistics.accuracy for statistics in measured), default=0.0)
-    system = match(acting, deltas, weights, accuracy)
-    try:
-        solution = solve(system, start, plan.recipe.solver, iterates)
-    except NumericalError as error:
-        raise NumericalError(
-            f"tensor {entry.key!r}: {error}. Measure the experts' statistics again, or take it out of the match with exclude"
-        ) from None
-    value = solution.value
-    record = TensorRecord(
-        entry.key,
-        entry.action,
-        entry.reason,
-        str(solution.outcome),
-        solution.iterations,
-        solution.residuals,
-        solution.residual,
-        solution_norm=_norm(value),
-        step_norm=_norm(value - start),
-        **norms,
-    )
-    if basis is not None and plan.recipe.solver.subspace == "factors":
-        lifted = match(whole, [basis @ delta for delta in deltas], weights)
-        outside = _norm(lifted.residual(basis @ value)) / (_norm(lifted.rhs) or 1.0)
-        record = replace(record, outside=outside)
-
-    def as_stored(tensor: Tensor) -> Tensor:
-        return (tensor.mT if stored and entry.transposed else tensor).reshape(shape)
-
-    kept = {step: as_stored(iterate) for step, iterate in solution.iterates.items()}
-    return Merged(as_stored(value), record, system, kept)
-
-
-def _as_matrix(tensor: Tensor, entry: Entry, plan: Plan) -> Tensor:
-    """Return a tensor of the stored shape as curvatures of the recipe's kind act on it."""
-    assert plan.recipe.curvature is not None
-    if plan.recipe.curvature.kind not in MATRIX_KINDS or tensor.dim() < 2:
-        return tensor
-    if entry.transposed:
-        return tensor.mT
-    return tensor.flatten(1) if tensor.dim() > 2 and not entry.stacked else tensor
-
-
-def curvatures_at(plan: Plan, entry: Entry, deltas: list[Tensor]) -> list[Curvature]:
-    """Return each expert's curvature at one tensor, acting on ``[out, in]``: from its statistics, or from `deltas`."""
-    options = plan.recipe.curvature
-    assert options is not None
-    if options.kind == "task_vector":
-        return [conditioned_gram(delta.mT @ delta, options) for delta in deltas]
-    found = []
-    for statistics, parameter in zip(plan.statistics, entry.parameters, strict=True):
-        assert statistics is not None
-        found.append(statistics.curvature(parameter, options, deltas[0].device, deltas[0].dtype))
-    return found
-
-
-def solve(system: LinearSystem, start: Tensor, options: Solver, iterates: Sequence[int] = ()) -> Solution:
-    """Solve one weight's system as the recipe's solver options say."""
-    if options.method == "exact":
-        return exact(system, start)
-    preconditioner = kronecker_preconditioner(system) if options.preconditioner == "kronecker" else None
-    return conjugate_gradient(
-        system,
-        start,
-        iterations=options.iterations,
-        tolerance=options.tolerance,
-        preconditioner=preconditioner,
-        iterates=iterates,
-    )
 
 
 def make_context(plan: Plan, device: torch.device, show: Progress, journal: Journal) -> Context:
@@ -280,11 +167,6 @@ def make_context(plan: Plan, device: torch.device, show: Progress, journal: Jour
             journal.note("thresholds", thresholds(plan, [density], device, show)[density])
         return replace(context, thresholds=tuple(journal.notes["thresholds"]))
     return context
-
-
-def _initialize(plan: Plan) -> Initialize:
-    options = plan.recipe.initialization.model_dump()
-    return partial(INITIALIZATIONS[options.pop("method")], **options)
 
 
 def deltas_at(plan: Plan, entry: Entry, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -396,7 +278,3 @@ def check_cast(tensor: Tensor, dtype: str, key: str) -> None:
             f"tensor {key!r} does not stay finite when it is written as {dtype} (largest magnitude "
             f"{float(tensor.abs().max()):.3g}); ask for a wider dtype (--dtype float32)"
         )
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor))

@@ -57,6 +57,9 @@ class Solution:
 NARROW = 1e-5
 """Rounding error above which curvatures count as stored in a narrower dtype than float32."""
 
+CHECKED_EVERY = 16
+"""Steps of conjugate gradient between two looks of the host at a device that computes on its own."""
+
 Preconditioner = Callable[[Tensor], Tensor]
 Accuracy = tuple[float, float]
 """`LinearSystem.eps` and `LinearSystem.accuracy`."""
@@ -89,56 +92,106 @@ def conjugate_gradient(
         NumericalError: a non-finite value, or a direction of negative curvature.
 
     """
+    return conjugate_gradients(
+        system,
+        x0,
+        iterations=iterations,
+        tolerance=tolerance,
+        preconditioner=preconditioner,
+        iterates=iterates,
+        batched=False,
+    )[0]
+
+
+def conjugate_gradients(
+    system: LinearSystem,
+    x0: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    preconditioner: Preconditioner | None = None,
+    iterates: Sequence[int] = (),
+    batched: bool = True,
+) -> list[Solution]:
+    """Solve several systems of one shape at once, each as `conjugate_gradient` does: x0 and the system have one more dimension.
+
+    A system that is done waits for the others. Every number that a step depends on stays on the device, and the host looks
+    at it once in `CHECKED_EVERY` steps.
+
+    Raises:
+        NumericalError: as for one system; its `position` says which one.
+
+    """
+    dims = tuple(range(int(batched), x0.dim()))
     x, r = x0.clone(), system.residual(x0)
-    start, reference = _norms(system, r)
-    residuals = [start / reference]
-    if start == 0 or start < tolerance * reference:
-        return Solution(x, Outcome.FIXED_POINT, 0, tuple(residuals), residuals[0], dict.fromkeys(iterates, x))
-    r = r / start
+    start = _norms(r, dims)
+    b_norm = _norms(system.rhs, dims)
+    reference = torch.where(b_norm > 0, b_norm, torch.where(start > 0, start, 1))
+    unfit = ~(start.isfinite() & b_norm.isfinite())
+    if unfit.any():
+        position = int(unfit.flatten().nonzero()[0])
+        raise NumericalError("the linear system has a non-finite right-hand side or initialization", position)
+    history = [start / reference]
+    solved = (start == 0) | (start < tolerance * reference)
+    outcomes = [Outcome.ITERATIONS, Outcome.CONVERGED, Outcome.FIXED_POINT, Outcome.ROUNDING]
+    iterating, converged, fixed_point, rounded, not_finite, negative = range(6)
+    state = torch.where(solved, fixed_point, iterating)
     precondition = preconditioner or (lambda residual: residual)
-    y = precondition(r)
-    p, ry = y, _dot(r, y)
-    rounding, largest, travelled, left = 4 * system.eps, 0.0, 0.0, 1.0
-    outcome, step = Outcome.ITERATIONS, 0
+    r = r / torch.where(start > 0, start, 1).to(r.dtype)
+    p = y = precondition(r)
+    ry = _dots(r, y, dims)
+    steps, largest, travelled = torch.zeros_like(state), torch.zeros_like(ry), torch.zeros_like(ry)
+    left, least = torch.ones_like(ry), torch.zeros_like(ry)
+    # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
+    rounding, narrow = 4 * system.eps, system.accuracy > NARROW
     kept = {0: x0.clone()} if 0 in iterates else {}
-    while step < iterations:
+    every = 1 if x0.device.type == "cpu" else CHECKED_EVERY
+    for step in range(1, iterations + 1):
+        if (step - 1) % every == 0 and not (state == iterating).any():
+            break
         Ap = system.operator.matvec(p)
-        curvature = _dot(p, Ap)
-        if not math.isfinite(curvature) or not math.isfinite(ry):
-            raise NumericalError(f"a non-finite value at iteration {step + 1} of conjugate gradient")
+        curvature, size = _dots(p, Ap, dims), _norms(p, dims) ** 2
         # The product A p is off by up to ε ‖A‖ ‖p‖: below that, p is a null direction and a step along it would be noise.
         # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
-        size = _norm(p) ** 2
-        largest = max(largest, curvature / size) if size > 0 else largest
-        # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
-        narrow = system.accuracy > NARROW and curvature <= 0
-        low = narrow or abs(curvature) <= rounding * largest * size
-        if ry <= 0 or low or left <= rounding * largest * travelled:
-            outcome = Outcome.ROUNDING
-            break
-        if curvature < 0:
-            raise NumericalError(
-                f"negative curvature {curvature:.3g} at iteration {step + 1}: not positive semidefinite"
-            )
-        alpha = ry / curvature
-        x.add_(p, alpha=alpha * start)
-        r = r - alpha * Ap
-        step += 1
-        travelled += alpha * math.sqrt(size)
-        left = _norm(r)
-        residuals.append(left * start / reference)
+        largest = torch.where(size > 0, torch.maximum(largest, curvature / size), largest)
+        lost = (curvature.abs() <= rounding * largest * size) | (ry <= 0) | (left <= rounding * largest * travelled)
+        lost = lost | (curvature <= 0) if narrow else lost
+        ended = torch.where(lost, rounded, torch.where(curvature < 0, negative, iterating))
+        ended = torch.where(curvature.isfinite() & ry.isfinite(), ended, not_finite)
+        state = torch.where(state == iterating, ended, state)
+        least = torch.where((state == negative) & (least == 0), curvature, least)
+        active = state == iterating
+        alpha = torch.where(active, ry / curvature, 0)
+        x.addcmul_((alpha * start).to(x.dtype), p)
+        r = r - alpha.to(r.dtype) * Ap
+        steps += active
+        travelled = travelled + alpha * size.sqrt()
+        left = _norms(r, dims)
+        history.append(left * start / reference)
+        state = torch.where(active & (history[-1] < tolerance), converged, state)
         if step in iterates:
             kept[step] = x.clone()
-        if residuals[-1] < tolerance:
-            outcome = Outcome.CONVERGED
-            break
         y = precondition(r)
-        ry, previous = _dot(r, y), ry
-        p = y + (ry / previous) * p
-    final = _norm(system.residual(x)) / reference
-    if not math.isfinite(final):
-        raise NumericalError(f"a non-finite solution after {step} iterations of conjugate gradient")
-    return Solution(x, outcome, step, tuple(residuals), final, {k: kept.get(k, x) for k in iterates})
+        ry, previous = _dots(r, y, dims), ry
+        p = y + torch.where(state == iterating, ry / previous, 0).to(p.dtype) * p
+    final = _norms(system.residual(x), dims) / reference
+    residuals = torch.stack(history).flatten(1).T.tolist()
+    found = []
+    columns = (tensor.flatten().tolist() for tensor in (state, steps, least, final))
+    for position, (ended, count, below, residual) in enumerate(zip(*columns, strict=True)):
+        if ended == not_finite:
+            raise NumericalError(f"a non-finite value at iteration {count + 1} of conjugate gradient", position)
+        if ended == negative:
+            raise NumericalError(
+                f"negative curvature {below:.3g} at iteration {count + 1}: not positive semidefinite", position
+            )
+        if not math.isfinite(residual):
+            raise NumericalError(f"a non-finite solution after {count} iterations of conjugate gradient", position)
+        own = position if batched else ...
+        copies = {k: kept.get(k, x)[own] for k in iterates}
+        path = tuple(residuals[position][: count + 1])
+        found.append(Solution(x[own], outcomes[ended], count, path, residual, copies))
+    return found
 
 
 def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
@@ -206,7 +259,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
 
     """
     r = system.residual(x0)
-    start, reference = _norms(system, r)
+    start, reference = _sizes(system, r)
     value = x0 + _closed_form(system, r).to(x0)
     before, after = start / reference, _norm(system.residual(value)) / reference
     if not math.isfinite(after):
@@ -223,7 +276,7 @@ def has_closed_form(kinds: Sequence[type]) -> bool:
     return simple or (set(kinds) == {Kronecker} and len(kinds) <= 2)
 
 
-def _norms(system: LinearSystem, r: Tensor) -> tuple[float, float]:
+def _sizes(system: LinearSystem, r: Tensor) -> tuple[float, float]:
     """Return ‖r‖ and the norm it is measured against: ‖b‖, or ‖r‖ itself, or 1 where both are zero."""
     start, b_norm = _norm(r), _norm(system.rhs)
     if not math.isfinite(start) or not math.isfinite(b_norm):
@@ -235,8 +288,9 @@ def _closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     """Return z with A z = r and no component in the null space of A."""
     operator, accuracy = system.operator, (system.eps, system.accuracy)
     if isinstance(operator, Identity):
-        _refuse_negative(operator.scale, operator.scale)
-        return r / operator.scale if operator.scale else torch.zeros_like(r)
+        scale = float(operator.scale)
+        _refuse_negative(scale, scale)
+        return r / scale if scale else torch.zeros_like(r)
     if isinstance(operator, Diagonal):
         return _closed_form_of_diagonal(operator.values, r)
     if isinstance(operator, LowRank):
@@ -409,12 +463,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    product = a * b
-    return float(product.sum() if product.device.type == "mps" else product.sum(dtype=torch.float64))
+def _dots(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return (a * b).sum(dims, keepdim=True, dtype=None if a.device.type == "mps" else torch.float64)
+
+
+def _norms(a: Tensor, dims: tuple[int, ...]) -> Tensor:
+    dtype = None if a.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(a, dim=dims, keepdim=True, dtype=dtype)
 
 
 def _norm(a: Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(a) if a.device.type == "mps" else torch.linalg.vector_norm(a, dtype=torch.float64)
-    )
+    return float(_norms(a, tuple(range(a.dim()))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from functools import reduce
 from operator import add
 
@@ -17,11 +18,12 @@ from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Krone
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
 from mats_hub.initialization.ties import kept_rank
-from mats_hub.linear_system import LinearSystem, match
+from mats_hub.linear_system import LinearSystem, match, together
 from mats_hub.recipe import INITIALIZATION_OPTIONS
 from mats_hub.solver import (
     Outcome,
     conjugate_gradient,
+    conjugate_gradients,
     exact,
     has_closed_form,
     kronecker_preconditioner,
@@ -115,10 +117,10 @@ def dense(curvature: Curvature) -> Tensor:
             return sum(dense(term) for term in curvature.terms)
 
 
-def problem(make, experts: int = 3, **kind) -> LinearSystem:
+def problem(make, experts: int = 3, seed: int = 0, **kind) -> LinearSystem:
     return match(
-        [make(seed, **kind) for seed in range(experts)],
-        [draw(OUT, IN, seed=10 + seed) for seed in range(experts)],
+        [make(seed + number, **kind) for number in range(experts)],
+        [draw(OUT, IN, seed=10 + seed + number) for number in range(experts)],
         WEIGHTS[:experts],
     )
 
@@ -332,6 +334,44 @@ def test_iterates_of_one_run_are_those_of_separate_runs(make):
             if separate.outcome is Outcome.ITERATIONS:
                 assert separate.residuals[-1] == pytest.approx(separate.residual, rel=1e-6, abs=1e-13)
     assert torch.equal(x0, before)
+
+
+@pytest.mark.parametrize("name", ["identity", "diagonal", "gram", "kronecker"])
+def test_systems_solved_together_are_solved_as_each_alone(name):
+    """One is its own solution already, one is rank-deficient, one tiny, and one damped as the others are."""
+    low = {"rank": 2} if name in ("gram", "kronecker") else {}
+    systems = [problem(CURVATURES[name], seed=seed, **(low if seed == 1 else {})) for seed in range(4)]
+    tiny = tuple(curvature.scaled(1e-9) for curvature in systems[2].curvatures)
+    systems[2] = LinearSystem(tiny, systems[2].deltas)
+    starts = [draw(OUT, IN, seed=5 + number) for number in range(4)]
+    damped = [
+        LinearSystem((*s.curvatures, s.damping(0.01 * number, x.shape)), (*s.deltas, x))
+        for number, (s, x) in enumerate(zip(systems, starts, strict=True))
+    ]
+    for group in (systems, damped):
+        joint = together(group)
+        starts[0] = conjugate_gradient(group[0], starts[0], iterations=4000, tolerance=1e-14).value
+        for precondition in (lambda system: None, kronecker_preconditioner):
+            options = {"iterations": 8, "tolerance": 1e-6, "iterates": (2,)}
+            made = conjugate_gradients(joint, torch.stack(starts), preconditioner=precondition(joint), **options)
+            for system, x0, ours in zip(group, starts, made, strict=True):
+                alone = conjugate_gradient(system, x0, preconditioner=precondition(system), **options)
+                assert (ours.outcome, ours.iterations) == (alone.outcome, alone.iterations)
+                close(ours.value, alone.value, 1e-8)
+                close(ours.iterates[2], alone.iterates[2], 1e-8)
+                assert ours.residual == pytest.approx(alone.residual, rel=1e-4, abs=1e-12)
+                assert ours.residuals == pytest.approx(alone.residuals, rel=1e-4, abs=1e-12)
+    assert together([systems[0], LinearSystem((Dense(psd(OUT * IN, 1)),) * 3, systems[0].deltas)]) is None
+
+
+def test_of_systems_solved_together_the_bad_one_is_named():
+    good = [LinearSystem((Gram(psd(IN, seed)),), (draw(OUT, IN, seed=seed),)) for seed in (1, 2)]
+    negative = LinearSystem((Gram(-psd(IN, 3)),), good[0].deltas)
+    infinite = LinearSystem(good[0].curvatures, (good[0].deltas[0] * math.inf,))
+    for bad, text in ((negative, "negative curvature"), (infinite, "non-finite")):
+        with pytest.raises(NumericalError, match=text) as caught:
+            conjugate_gradients(together([*good, bad]), torch.zeros(3, OUT, IN).double(), iterations=5)
+        assert caught.value.position == 2
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

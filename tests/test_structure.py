@@ -43,7 +43,7 @@ FLOORS = (
     ("statistics.measure",),
     ("statistics",),
     ("plan",),
-    ("coverage", "adapter_planning"),
+    ("coverage", "adapter_planning", "matching"),
     ("base", "vocabulary"),
     ("planning", "merging", "scoring"),
     ("evaluation",),
