@@ -1,9 +1,11 @@
 """Every method on real experts, its setting chosen on validation data: accuracy and the mean of merged ÷ expert.
 
-    python tests/benchmarks/experts.py --experts EXPERTS --tasks TASKS --base BASE [--statistics FOLDER] [--only TEXT]
+    python tests/benchmarks/experts.py --experts EXPERTS --tasks TASKS --base BASE --output seed0.json [--only TEXT]
+    python tests/benchmarks/experts.py --summary seed*.json [--figure methods.png]
 
-EXPERTS holds a folder per expert, LoRA or (IA)³ adapters (train_experts.py trains such); TASKS a folder of the same name with
-validation.jsonl and test.jsonl (text, label). Statistics are measured on the validation data, once, into --statistics.
+EXPERTS holds a folder per expert, adapters or full checkpoints (train_experts.py trains such); TASKS a folder of the same name
+with validation.jsonl and test.jsonl (text, label). Statistics are measured on the validation data, once, into --statistics.
+The summary is a table, the mean over the files of each method: one file for each seed that experts were trained with.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
+import statistics
+import tempfile
 import warnings
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import mats_hub
+from mats_hub.candidates import Candidate, merge_candidates
+from mats_hub.device import choose_device
 from mats_hub.expert import Expert
+from mats_hub.figures import draw_table
 from mats_hub.loading import load_expert
 from mats_hub.source import open_source
+from mats_hub.suite import Suite
 
 
 def grid(**options: list) -> list[dict]:
@@ -40,8 +48,8 @@ METHODS: dict[str, list[dict]] = {
     "Breadcrumbs": grid(method=["breadcrumbs"], density=[0.9], outliers=[0.01], scale=[0.3, 0.5, 0.7]),
     "Model Stock": grid(method=["model_stock"]),
     "TSV-M": grid(method=["tsvm"], scale=[0.6, 1.0, 1.4]),
-    "Iso-C": grid(method=["iso_c"], scale=[0.3, 0.5, 0.7, 1.0]),
-    "Iso-CTS": grid(method=["iso_cts"], scale=[0.3, 0.5, 0.7, 1.0]),
+    "Iso-C": grid(method=["iso_c"], scale=[0.3, 0.5, 1.0, 1.5, 2.0, 3.0]),
+    "Iso-CTS": grid(method=["iso_cts"], scale=[0.3, 0.5, 1.0, 1.5, 2.0, 3.0]),
     "KnOTS-TIES": grid(method=["knots"], density=[0.2, 1.0], scale=[1.0, 1.5, 2.0]),
     "Consensus TA": grid(method=["consensus"], mask_scale=[[0.2], [0.4], [0.6]], scale=[0.3, 0.5, 0.7]),
     "Consensus TIES": grid(method=["consensus_ties"], mask_scale=[[0.2], [0.4], [0.6]], scale=[0.3, 0.5, 0.7]),
@@ -70,7 +78,7 @@ METHODS |= {
     f"MaTS, K-FAC, damped, trace-normalized, from {title}": grid(
         **{**DAMPED, "damping": [0.1, 0.01]}, normalization=["trace"], initialization=[name], scale=scales
     )
-    for title, name, scales in (("Iso-C", "iso_c", [0.5, 0.7]), ("TSV-M", "tsvm", [0.6, 1.0]))
+    for title, name, scales in (("Iso-C", "iso_c", [1.0, 2.0]), ("TSV-M", "tsvm", [0.6, 1.0]))
 }
 
 SKETCHED = {"for_adapter": True, "rank": 16}
@@ -110,22 +118,29 @@ KINDS: dict[str, tuple[dict[str, dict], dict[str, list[dict]]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--experts", type=Path)
+    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--statistics", type=Path, default=Path("statistics"))
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--examples", type=int, default=400)
-    parser.add_argument("--only", help="run only the methods whose name this expression is found in")
+    parser.add_argument("--only", default="", help="run only the methods whose name this expression is found in")
     parser.add_argument("--format", default="auto", help="what is merged into: adapter, full or auto")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--summary", type=Path, nargs="+", help="such files, to be summed up")
+    parser.add_argument("--figure", type=Path, help="with --summary: a picture of the table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.summary:
+        summarize(arguments.summary, arguments.figure)
+        return
     bench = Benchmark(arguments)
     bench.measure()
     print(f"experts alone, test accuracy: {json.dumps(bench.alone)}", flush=True)
-    for name, settings in bench.methods.items():
-        if arguments.only is None or re.search(arguments.only, name):
-            bench.run(name, settings)
+    chosen = {name: settings for name, settings in bench.methods.items() if re.search(arguments.only, name)}
+    rows = [*bench.run("", chosen), *bench.run("-sketch", chosen)]
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"alone": bench.alone, "rows": rows}, indent=1) + "\n")
 
 
 class Benchmark:
@@ -136,6 +151,17 @@ class Benchmark:
         self.examples, self.format = arguments.examples, arguments.format
         self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
         self.experts = {task: arguments.experts / task for task in self.tasks}
+        self.suite = Suite.from_mapping(
+            {
+                task: {
+                    "validation": str(folder / "validation.jsonl"),
+                    "test": str(folder / "test.jsonl"),
+                    "max_length": self.max_length,
+                }
+                for task, folder in self.tasks.items()
+            },
+            Path(),
+        )
         adapter = next(iter(self.experts.values())) / "adapter_config.json"
         kind = json.loads(adapter.read_text())["peft_type"] if adapter.exists() else "full"
         self.kinds, self.methods = KINDS[kind]
@@ -144,8 +170,7 @@ class Benchmark:
     def score_expert(self, task: str) -> float:
         expert = Expert(open_source(self.experts[task]), task)
         model = load_expert(expert, open_source(self.base) if expert.adapter else None)
-        test = self.tasks[task] / "test.jsonl"
-        return mats_hub.evaluate(model, dataset=test, processor=self.base, max_length=self.max_length)
+        return self.suite.score(task, "test", model, self.base)
 
     def measure(self) -> None:
         for ending, options in self.kinds.items():
@@ -160,46 +185,79 @@ class Benchmark:
                         examples=self.examples, max_length=self.max_length, **options,
                     )  # fmt: skip
 
-    def score(self, model: mats_hub.MergedModel, split: str) -> dict[str, float]:
-        return {
-            task: mats_hub.evaluate(
-                model.folder,
-                task=task,
-                base=self.base,
-                processor=self.base,
-                dataset=folder / f"{split}.jsonl",
-                max_length=self.max_length,
-            )
-            for task, folder in self.tasks.items()
-        }
-
-    def run(self, name: str, settings: list[dict]) -> None:
-        """Merge with every setting, choose on validation, print the chosen one's test scores as a table row."""
-        ending = "-sketch" if "sketched" in name else ""
+    def run(self, ending: str, methods: dict[str, list[dict]]) -> list[dict]:
+        """Merge with every setting, choose each method's on validation, and return what the chosen ones score on test."""
+        methods = {name: held for name, held in methods.items() if ("sketched" in name) == bool(ending)}
         entries = [
             {"model": str(self.experts[task]), "statistics": str(self.statistics / f"{task}{ending}.safetensors")}
             for task in self.tasks
         ]
-        best = None
-        for setting in settings:
-            started = time.perf_counter()
-            model = mats_hub.merge(entries, base=str(self.base), allow_other_base=True, format=self.format, **setting)
-            seconds = time.perf_counter() - started
-            validation = self.mean(self.score(model, "validation"))
-            print(f"  {name} {setting}: validation {validation:.4f}, {seconds:.0f} s", flush=True)
-            if best is None or validation > best[0]:
-                best = (validation, setting, model)
-        assert best is not None
-        test = self.score(best[2], "test")
-        ratio = self.mean({task: value / self.alone[task] for task, value in test.items()})
-        chosen = ", ".join(
-            f"{key} {value}" for key, value in best[1].items() if len({str(s.get(key)) for s in settings}) > 1
-        )
-        print(f"| {name} | {chosen or '–'} | {best[0]:.3f} | {self.mean(test):.3f} | {ratio:.3f} |", flush=True)
+        common = {"base": str(self.base), "allow_other_base": True, "format": self.format}
+        settings = [(name, setting) for name, held in methods.items() for setting in held]
+        recipes = [mats_hub.Recipe.build(entries, **common, **setting) for _, setting in settings]
+        found: dict[str, list[tuple[float, dict, mats_hub.Recipe]]] = {name: [] for name in methods}
+        for number, value in self.scores(recipes, "validation"):
+            name, setting = settings[number]
+            found[name].append((self.mean(value), setting, recipes[number]))
+            print(f"  {name} {setting}: validation {self.mean(value):.4f}", flush=True)
+        best = {name: max(held, key=lambda one: one[0]) for name, held in found.items() if held}
+        rows = []
+        for number, test in self.scores([recipe for _, _, recipe in best.values()], "test"):
+            name = list(best)[number]
+            validation, setting, _ = best[name]
+            varied = [key for key in setting if len({str(s.get(key)) for s in methods[name]}) > 1]
+            row = {
+                "method": name,
+                "setting": {key: setting[key] for key in varied},
+                "validation": validation,
+                "test": test,
+                "accuracy": self.mean(test),
+                "ratio": self.mean({task: value / self.alone[task] for task, value in test.items()}),
+            }
+            rows.append(row)
+            print(f"{name}: {row['accuracy']:.4f}, {row['ratio']:.4f}", flush=True)
+        return rows
+
+    def scores(self, recipes: list, part: str) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield the scores of each recipe's merge, in any order; one that cannot be merged is said and left out."""
+        candidates = [Candidate(str(number), recipe) for number, recipe in enumerate(recipes)]
+        with tempfile.TemporaryDirectory() as folder:
+            for candidate in merge_candidates(candidates, Path(folder), choose_device()):
+                if candidate.problem or candidate.folder is None:
+                    print(f"  {candidate.recipe.method}: {candidate.problem}", flush=True)
+                    continue
+                scores = {}
+                for task in self.tasks:
+                    model = mats_hub.load(candidate.folder, task, base=str(self.base), dtype="float32")
+                    scores[task] = self.suite.score(task, part, model, self.base)
+                yield int(candidate.label), scores
 
     @staticmethod
     def mean(scores: dict[str, float]) -> float:
         return sum(scores.values()) / len(scores)
+
+
+def summarize(files: list[Path], figure: Path | None) -> None:
+    """Print a row for each method: what was chosen, and the mean over the files with the standard deviation of the ratio."""
+    contents = [json.loads(file.read_text()) for file in files]
+    alone = {task: statistics.mean(c["alone"][task] for c in contents) for task in contents[0]["alone"]}
+    print("alone: " + ", ".join(f"{task.upper()} {value:.3f}" for task, value in alone.items()))
+    rows: dict[str, list[dict]] = {}
+    for row in (row for content in contents for row in content["rows"]):
+        rows.setdefault(row["method"], []).append(row)
+    print("| method | settings chosen | validation | test accuracy | merged ÷ expert |\n|---|---|---|---|---|")
+    bars = {}
+    for name, held in rows.items():
+        settings = {
+            key: sorted({str(row["setting"].get(key)).strip("[]'") for row in held}) for key in held[0]["setting"]
+        }
+        text = ", ".join(f"{key} {' / '.join(values)}" for key, values in settings.items()) or "–"
+        means = [statistics.mean(row[key] for row in held) for key in ("validation", "accuracy", "ratio")]
+        spread = f" ± {statistics.stdev(row['ratio'] for row in held):.3f}" if len(held) > 1 else ""
+        print(f"| {name} | {text} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.3f}{spread} |")
+        bars[name] = means[2]
+    if figure:
+        draw_table(bars, "merged ÷ expert, test", figure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train the experts that experts.py measures: per task an (IA)³ adapter, or a full checkpoint, with a classifier of its own.
+"""Train the experts that experts.py measures: per task an adapter or a full checkpoint, with a classifier of its own.
 
-    python tests/benchmarks/train_experts.py --tasks TASKS --base BASE --output EXPERTS [--kind full]
+    python tests/benchmarks/train_experts.py --tasks TASKS --base BASE --output EXPERTS [--kind full] [--seed 1]
 
 TASKS holds a folder per task with train.jsonl (text, label) and labels.json; EXPERTS gets a folder per task.
 """
@@ -16,7 +16,14 @@ import peft
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-LEARNING_RATES = {"ia3": 1e-2, "full": 1e-4}
+from mats_hub.device import choose_device
+
+LEARNING_RATES = {"lora": 1e-3, "ia3": 1e-2, "full": 1e-4}
+LAYERS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+CONFIGS = {
+    "lora": peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=LAYERS),
+    "ia3": peft.IA3Config(task_type="SEQ_CLS"),
+}
 
 
 def main() -> None:
@@ -25,6 +32,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--kind", choices=LEARNING_RATES, default="ia3")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=48)
@@ -38,18 +46,20 @@ def train(folder: Path, arguments: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     labels = json.loads((folder / "labels.json").read_text())
     names = labels if isinstance(labels, list) else [labels[key] for key in sorted(labels, key=int)]
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
+    device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.base, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
-    if arguments.kind == "ia3":
-        model = peft.get_peft_model(model, peft.IA3Config(task_type="SEQ_CLS"))
+    if arguments.kind in CONFIGS:
+        model = peft.get_peft_model(model, CONFIGS[arguments.kind])
+    model.to(device)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=LEARNING_RATES[arguments.kind]
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, arguments.steps)
-    draw, recent = random.Random(0), []
+    draw, recent = random.Random(arguments.seed), []
     model.train()
     for step in range(arguments.steps):
         batch = draw.sample(rows, arguments.batch_size)
@@ -59,8 +69,8 @@ def train(folder: Path, arguments: argparse.Namespace) -> None:
             truncation=True,
             max_length=arguments.max_length,
             return_tensors="pt",
-        )
-        loss = model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss
+        ).to(device)
+        loss = model(**inputs, labels=torch.tensor([row["label"] for row in batch], device=device)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
