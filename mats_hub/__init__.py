@@ -13,6 +13,7 @@ A merge, from floor to floor:
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
     compressing, bundle                    experts as masks of one multi-task vector, and back
     candidates, choosing                   many recipes on one reading, scored: settings, methods
+    conflict                               where experts agree and where they pull apart
     browsing, replaying                    what others published: found, traced back, made again
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mats_hub.browsing import browse, lineage
     from mats_hub.choosing import compare, tune
     from mats_hub.compressing import compress
+    from mats_hub.conflict import agreement
     from mats_hub.errors import MatsError
     from mats_hub.evaluation import evaluate
     from mats_hub.hub import push, push_statistics
@@ -45,6 +47,7 @@ _HOMES = {
     "Plan": "plan",
     "Recipe": "recipe",
     "Statistics": "statistics",
+    "agreement": "conflict",
     "browse": "browsing",
     "compare": "choosing",
     "compress": "compressing",
@@ -69,6 +72,7 @@ __all__ = [
     "Recipe",
     "Statistics",
     "__version__",
+    "agreement",
     "browse",
     "compare",
     "compress",

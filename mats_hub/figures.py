@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,4 +112,32 @@ def draw_table(values: Mapping[str, float], label: str, path: Path) -> None:
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", alpha=0.25)
     axes.set(xlabel=label, xlim=(0, max(1.0, *values.values()) if values else 1))
+    _save(figure, path)
+
+
+def draw_heat_maps(
+    maps: Mapping[str, tuple[Sequence[Sequence[float]], float, float, str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw matrices of the same rows and columns side by side into a PNG file: title → values, lowest, highest, colors."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(max(7.0, 3.2 + 0.9 * len(columns) * len(maps)), 2.4 + 0.24 * len(rows)), dpi=110, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    for axes, (title, (values, low, high, colors)) in zip(
+        figure.subplots(1, len(maps), sharey=True), maps.items(), strict=True
+    ):
+        image = axes.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high)
+        axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize="small")
+        axes.set_yticks(range(len(rows)), rows, fontsize="small")
+        axes.set_title(title, fontsize="medium")
+        for row, line in enumerate(values if len(rows) * len(columns) <= 200 else ()):
+            for column, value in enumerate(line):
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="x-small")
+        figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, path)

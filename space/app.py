@@ -14,7 +14,10 @@ demo = build()
 def serve(port: int | None = None) -> None:
     """Serve the page until it is stopped; on this machine alone, but for a Space."""
     demo.queue(default_concurrency_limit=4, max_size=64)
-    demo.launch(theme=THEME, ssr_mode=False, show_error=True, server_port=port, max_file_size="20mb", run_history=False)
+    demo.launch(
+        theme=THEME, ssr_mode=False, show_error=True, server_port=port, max_file_size="20mb", run_history=False,
+        mcp_server=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import html
 import math
 import os
 import re
+import time
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,18 +15,24 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from merge_jobs import EXAMPLE, HUB_ID, Example, Job, Jobs, answers, check_ids, what_does_not_fit
+from lineage_graph import lineage_svg
+from merge_jobs import AGREEMENT, EXAMPLE, HUB_ID, Example, Job, Jobs, answers, check_ids, what_does_not_fit
 
 import mats_hub
-from mats_hub import MatsError, Recipe
+from mats_hub import MatsError, MergedModel, Recipe
 from mats_hub.browsing import read_card, read_recipe
+from mats_hub.jobs import hardware
 from mats_hub.methods import METHODS
 from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, Solver
 
 ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
 MAX_CURVES = 12
 
-JOBS, EXAMPLE_EXPERTS = Jobs(), Example()
+MAX_RUNS = 20
+"""Merges of his that a visitor's browser remembers."""
+
+EXAMPLE_EXPERTS = Example()
+JOBS = Jobs(example=EXAMPLE_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -101,29 +108,11 @@ def token_of(token: gr.OAuthToken | None) -> str | bool | None:
 # --- 1. experts
 
 
-def search(words: str, token: gr.OAuthToken | None) -> Any:
-    """Look for models on the Hub; an id stands for itself."""
-    words = words.strip()
-    if HUB_ID.fullmatch(words):
-        return gr.update(choices=[words], value=words, visible=True)
-    if not words or len(words) > 100:
-        raise gr.Error("Write some words of a model's name, or its id (owner/name).")
-    from mats_hub.hub_client import hub_api, hub_errors
-
-    try:
-        with hub_errors("the Hub's models"):
-            found = [info.id for info in hub_api(token_of(token)).list_models(search=words, limit=12)]
-    except MatsError as error:
-        raise gr.Error(str(error)) from None
-    if not found:
-        raise gr.Error(f"The Hub has no model that matches {words!r}.")
-    return gr.update(choices=found, value=found[0], visible=True)
-
-
 def add(chosen: str | None, experts: list[str]) -> tuple[list[str], Any]:
     """Add an expert."""
-    if not chosen or not HUB_ID.fullmatch(chosen) or ".." in chosen:
-        raise gr.Error(f"{(chosen or '')[:80]!r} is no Hub id. Write owner/name or owner/name@revision.")
+    chosen = (chosen or "").strip()
+    if not HUB_ID.fullmatch(chosen) or ".." in chosen:
+        raise gr.Error(f"{chosen[:80]!r} is no Hub id. Write owner/name or owner/name@revision.")
     if chosen in experts:
         raise gr.Error(f"{chosen} is there already.")
     experts = [*(name for name in experts if not name.startswith(EXAMPLE)), chosen]
@@ -242,6 +231,12 @@ def link_to(text: str) -> str:
     return "?recipe=" + base64.urlsafe_b64encode(text.encode()).decode() if text else ""
 
 
+def opened_run(job: str, request: gr.Request) -> tuple[str, Any]:
+    """Take the merge that the page's address names, or the one that was shown last, while there is such."""
+    name = request.query_params.get("run", "") or job
+    return name, gr.Timer(active=JOBS.get(name) is not None)
+
+
 def opened(request: gr.Request) -> tuple[str, list[str], Any, str]:
     """Read the recipe of a shared link."""
     packed = request.query_params.get("recipe", "")
@@ -278,30 +273,71 @@ def plan_of(text: str, token: gr.OAuthToken | None) -> tuple[str, str, Any]:
         lacking = what_does_not_fit(plan)
     said = problem_list(problems)
     if lacking:
-        said += problem_list(lacking) + (
-            "<p>It is too large for this machine. Save the recipe and run it on a larger one: "
-            "<code>mats-hub merge recipe.yaml --output merged/</code></p>"
-        )
+        said += problem_list(lacking) + elsewhere(token)
     return str(plan), said, gr.update(interactive=not (problems or lacking))
+
+
+def elsewhere(token: gr.OAuthToken | None) -> str:
+    """Say how a merge that is too large for this machine is done on a larger one, and what a Job costs."""
+    try:
+        flavors = hardware(token_of(token))
+    except MatsError:
+        flavors = {}
+    rows = "".join(
+        f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(text)}</td></tr>"
+        for name, text in flavors.items()
+    )
+    table = (
+        "<p>As a Job of Hugging Face, paid by whose token it is: "
+        "<code>mats-hub merge recipe.yaml --job FLAVOR --push OWNER/NAME</code></p>"
+        "<div class='scroll'><table><thead><tr><th scope='col'>flavor</th><th scope='col'>what it is and costs</th></tr>"
+        f"</thead><tbody>{rows}</tbody></table></div>"
+    )
+    return (
+        "<p>It is too large for this machine. Copy the recipe into <code>recipe.yaml</code>, and merge it on a larger one: "
+        f"<code>mats-hub merge recipe.yaml --output merged</code></p>{table if rows else ''}"
+    )
 
 
 # --- 4. merge
 
 
-def start(text: str, token: gr.OAuthToken | None) -> tuple[str, Any, Any]:
+def start(text: str, runs: list[str], token: gr.OAuthToken | None) -> tuple[str, list[str], Any, Any]:
     """Begin a merge in the background."""
     try:
         recipe = check_ids(Recipe.from_yaml(text), EXAMPLE_EXPERTS)
         is_example = all(entry.model.startswith(EXAMPLE) for entry in Recipe.from_yaml(text).experts)
-        job = JOBS.start(recipe, token_of(token), EXAMPLE_EXPERTS.evaluate if is_example else None)
+        job = JOBS.start(recipe, token_of(token), is_example=is_example)
     except (MatsError, ValueError, RuntimeError) as error:
         raise gr.Error(str(error)) from None
-    return job, gr.Walkthrough(selected=3), gr.Timer(active=True)
+    return job, [*runs[-MAX_RUNS:], job], gr.Walkthrough(selected=3), gr.Timer(active=True)
 
 
-def curves_of(job: Job) -> pd.DataFrame:
+def my_runs(runs: list[str]) -> pd.DataFrame:
+    """Return this visitor's merges that are still here, newest first."""
+    found = [job for job in map(JOBS.get, reversed(runs)) if job is not None]
+    rows = [
+        (
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)),
+            job.recipe.method,
+            ", ".join(entry.name or entry.model for entry in job.recipe.experts),
+            job.state,
+            f"?run={job.name}",
+        )
+        for job in found
+    ]
+    return pd.DataFrame(rows, columns=["begun", "method", "experts", "state", "link"])
+
+
+def open_run(table: pd.DataFrame, event: gr.SelectData) -> tuple[str, Any, Any, Any]:
+    """Show the chosen merge."""
+    name = str(table.iloc[event.index[0]]["link"]).removeprefix("?run=")
+    return name, gr.Timer(active=True), gr.Tabs(selected="merge"), gr.Walkthrough(selected=3)
+
+
+def curves_of(curves: dict[str, list[float]]) -> pd.DataFrame:
     """Return the residuals of the last solved tensors, as rows to plot."""
-    shown = list(job.curves.items())[-MAX_CURVES:]
+    shown = list(curves.items())[-MAX_CURVES:]
     rows = [
         (step, math.log10(max(residual, 1e-12)), key.removesuffix(".weight"))
         for key, residuals in shown
@@ -318,9 +354,11 @@ def status(job: Job | None) -> str:
     if job.state == "waiting":
         return f"<p role='status'>Waiting: {JOBS.ahead(job)} before this one.</p>"
     if job.state == "running":
-        share = f"<progress max='{job.total or 1}' value='{job.done}' aria-label='progress'></progress>"
-        solved = f" · {len(job.curves)} tensors solved" if job.curves else ""
-        return f"<p role='status'>{html.escape(job.step or 'beginning')}: {job.done} of {job.total}{solved}</p>{share}"
+        now = job.progress_file.read()
+        share = f"<progress max='{now['total'] or 1}' value='{now['done']}' aria-label='progress'></progress>"
+        solved = f" · {len(now['curves'])} tensors solved" if now["curves"] else ""
+        step = html.escape(now["step"] or "beginning")
+        return f"<p role='status'>{step}: {now['done']} of {now['total']}{solved}</p>{share}"
     if job.state == "done":
         return "<p role='status'>✓ Merged.</p>"
     if job.state == "cancelled":
@@ -332,32 +370,31 @@ def poll(name: str | None) -> tuple[Any, ...]:
     """Return what is to be shown of a merge now."""
     job = JOBS.get(name)
     running = job is not None and not job.over
-    plot = curves_of(job) if job is not None and job.curves else gr.skip()
-    done = job is not None and job.state == "done" and job.merged is not None
-    buttons = gr.update(interactive=running), gr.update(interactive=done)
-    now = (status(job), plot, gr.Timer(active=running), *buttons)
-    if job is None or job.merged is None or not done:
+    curves = job.progress_file.read()["curves"] if job is not None else {}
+    merged = job.merged if job is not None else None
+    buttons = gr.update(interactive=running), gr.update(interactive=merged is not None)
+    now = (status(job), curves_of(curves) if curves else gr.skip(), gr.Timer(active=running), *buttons)
+    if job is None or merged is None:
         return *now, *(gr.skip() for _ in range(5))
-    card = (job.merged.folder / "README.md").read_text(encoding="utf-8")
-    return *now, gr.Walkthrough(selected=4), pictures(job), scores(job), worst(job), card
+    card = (merged.folder / "README.md").read_text(encoding="utf-8")
+    return *now, gr.Walkthrough(selected=4), pictures(job, merged), scores(merged), worst(merged), card
 
 
-def pictures(job: Job) -> list[tuple[str, str]]:
+def pictures(job: Job, merged: MergedModel) -> list[tuple[str, str]]:
     """Return the figures of a merge, with words for each."""
-    assert job.merged is not None
     words = {
         "results": "Score of each model on each task",
         "convergence": "Relative residual of every solved weight",
         "movement": "Norm of the task vectors of experts, start and merged model",
     }
-    folder = job.merged.folder / "figures"
-    return [(str(folder / f"{name}.png"), text) for name, text in words.items() if (folder / f"{name}.png").exists()]
+    shown = [(merged.folder / "figures" / f"{name}.png", text) for name, text in words.items()]
+    shown.append((job.folder / AGREEMENT, "Cosine and sign conflict between the experts' task vectors, by layer"))
+    return [(str(path), text) for path, text in shown if path.exists()]
 
 
-def scores(job: Job) -> pd.DataFrame:
+def scores(merged: MergedModel) -> pd.DataFrame:
     """Return a row for each task and a column for each model."""
-    assert job.merged is not None
-    rows = job.merged.report.results
+    rows = merged.report.results
     if not rows:
         return pd.DataFrame({"": ["no results: the page has no data of these experts' tasks"]})
     table = pd.DataFrame(rows).pivot_table(index="task", columns="model", values="value", sort=False).round(3)
@@ -365,10 +402,9 @@ def scores(job: Job) -> pd.DataFrame:
     return table.reset_index()
 
 
-def worst(job: Job) -> pd.DataFrame:
+def worst(merged: MergedModel) -> pd.DataFrame:
     """Return the layers that are least converged."""
-    assert job.merged is not None
-    solved = [record for record in job.merged.report.solved if record.residual is not None]
+    solved = [record for record in merged.report.solved if record.residual is not None]
     solved.sort(key=lambda record: -(record.residual or 0.0))
     return pd.DataFrame(
         [(record.key, record.iterations, f"{record.residual:.2e}", record.outcome) for record in solved[:8]],
@@ -417,15 +453,16 @@ def publish(
 ) -> str:
     """Publish the merged model with its card, in one commit."""
     job = JOBS.get(name)
-    if job is None or job.merged is None:
+    merged = job.merged if job is not None else None
+    if merged is None:
         raise gr.Error("There is nothing to publish: merge something first. Merges are kept for an hour.")
     if profile is None and (ON_A_SPACE or token is None):
         raise gr.Error("Sign in with Hugging Face first.")
     if not HUB_ID.fullmatch(repo_id.strip()) or "@" in repo_id:
         raise gr.Error(f"{repo_id[:80]!r} is no name for a repository; write owner/name.")
-    (job.merged.folder / "README.md").write_text(card, encoding="utf-8")
+    (merged.folder / "README.md").write_text(card, encoding="utf-8")
     try:
-        url = job.merged.push_to_hub(repo_id.strip(), token=token_of(token), private=private, create_pr=as_pull_request)
+        url = merged.push_to_hub(repo_id.strip(), token=token_of(token), private=private, create_pr=as_pull_request)
     except MatsError as error:
         raise gr.Error(str(error)) from None
     return f"Published: [{html.escape(repo_id.strip())}]({url})"
@@ -454,15 +491,15 @@ def find_merges(words: str, author: str, token: gr.OAuthToken | None) -> pd.Data
     return pd.DataFrame(rows, columns=["model", "method", "experts", "base", "mean result", "likes"])
 
 
-def read(table: pd.DataFrame, event: gr.SelectData, token: gr.OAuthToken | None) -> tuple[str, str, str]:
+def read(table: pd.DataFrame, event: gr.SelectData, token: gr.OAuthToken | None) -> tuple[str, str, str, str]:
     """Return the chosen merge's id, card and lineage."""
     name = str(table.iloc[event.index[0]]["model"])
     try:
         text = read_card(name, token_of(token))
-        tree = str(mats_hub.lineage(name, token_of(token)))
+        tree = mats_hub.lineage(name, token_of(token))
     except MatsError as error:
         raise gr.Error(str(error)) from None
-    return name, body_of(text), tree
+    return name, body_of(text), str(tree), lineage_svg(tree)
 
 
 def remix(name: str, token: gr.OAuthToken | None) -> tuple[str, list[str], Any, str, Any]:
@@ -487,9 +524,9 @@ def plan_recipe(recipe: str, authorization: gr.Header | None = None) -> str:
         authorization: a Hub token as ``Bearer hf_…``, for private and gated models.
 
     """
-    token = str(authorization).removeprefix("Bearer ") if authorization else (False if ON_A_SPACE else None)
     try:
-        return str(mats_hub.make_plan(check_ids(Recipe.from_yaml(recipe), EXAMPLE_EXPERTS), token))
+        recipe_here = check_ids(Recipe.from_yaml(recipe), EXAMPLE_EXPERTS)
+        return str(mats_hub.make_plan(recipe_here, header_token(authorization)))
     except (MatsError, ValueError) as error:
         raise gr.Error(str(error)) from None
 
@@ -506,3 +543,48 @@ def browse_merges(words: str = "", author: str = "") -> list[dict[str, Any]]:
         {"id": m.repo_id, "method": m.method, "experts": list(m.experts), "base": m.base, "mean": m.mean}
         for m in mats_hub.browse(words or None, author=author or None, token=False if ON_A_SPACE else None)
     ]
+
+
+def inspect_model(model: str, base: str = "", authorization: gr.Header | None = None) -> dict[str, Any]:
+    """Say what a model is, from its configs and headers: kind, base, bytes of weights, licence, whether statistics are beside it.
+
+    Args:
+        model: the model's Hub id, ``owner/name`` or ``owner/name@revision``.
+        base: the Hub id of the base of a full checkpoint.
+        authorization: a Hub token as ``Bearer hf_…``, for private and gated models.
+
+    """
+    try:
+        recipe = check_ids(Recipe.build([model], base=base or None, method="average"), EXAMPLE_EXPERTS)
+        plan = mats_hub.make_plan(recipe, header_token(authorization))
+        plan.raise_problems()
+    except (MatsError, ValueError) as error:
+        raise gr.Error(str(error)) from None
+    [expert] = plan.experts
+    return {
+        "model": expert.source.public_spec,
+        "kind": expert.kind,
+        "base": plan.base.source.public_spec if plan.base else None,
+        "bytes": sum(expert.source.sizes[name] for name in expert.source.weight_files),
+        "license": expert.source.front_matter.get("license"),
+        "statistics": any(name.startswith("statistics") for name in expert.source.sizes),
+    }
+
+
+def merge_status(run: str) -> dict[str, Any]:
+    """Say where a merge of this page is: its state, the step it is at, what went wrong.
+
+    Args:
+        run: the id that stands in the merge's link, after ``?run=``.
+
+    """
+    job = JOBS.get(run)
+    if job is None:
+        raise gr.Error("There is no such merge, or not any more; merges are kept for an hour.")
+    now = job.progress_file.read()
+    return {"state": job.state, "error": job.error} | {name: now[name] for name in ("step", "done", "total")}
+
+
+def header_token(authorization: Any) -> str | bool | None:
+    """Return the token of a program's request; on a Space never the server's own."""
+    return str(authorization).removeprefix("Bearer ") if authorization else (False if ON_A_SPACE else None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 import merge_actions as do
+from model_search import search_box
 
 THEME = gr.themes.Soft(primary_hue="indigo")
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
@@ -18,7 +19,20 @@ CSS = """
 .katex-display { overflow-x: auto; overflow-y: hidden }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
 .problems { border-left: 4px solid #c92a2a; padding: .4rem .8rem; margin: .5rem 0 } progress { width: 100%; height: 1rem }
+#figures img { background: white }
 #tried img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
+"""
+
+PROGRAMS = """
+What the page does can be asked by programs, too. `plan` says what a merge would do and every problem of it, `inspect` what a
+model is, `status` where a merge is, `browse` lists merges that carry a recipe; none of them writes anything.
+
+**Python:** `gradio_client.Client("THIS-PAGE'S-ADDRESS").predict(recipe, api_name="/plan")`. A Hub token for private models goes
+as the header `Authorization: Bearer hf_…`.
+
+**MCP**, for assistants: the same as tools, at `THIS-PAGE'S-ADDRESS/gradio_api/mcp/` (streamable HTTP).
+
+**To merge**: `pip install mats-hub`, then `mats-hub merge recipe.yaml --output merged` with the recipe that this page shows.
 """
 
 
@@ -33,16 +47,30 @@ def build() -> gr.Blocks:
         job = gr.BrowserState(
             "", storage_key="mats-merge-job", secret=os.environ.get("MATS_STATE_SECRET", "mats-merge")
         )
+        runs = gr.BrowserState(
+            [], storage_key="mats-merge-runs", secret=os.environ.get("MATS_STATE_SECRET", "mats-merge")
+        )
         timer = gr.Timer(1.0, active=False)
         with gr.Tabs() as tabs:
             with gr.Tab("Merge", id="merge"):
-                yaml_text, marked, base = merge_tab(experts, job, timer)
+                yaml_text, marked, base, walk = merge_tab(experts, job, runs, timer)
+            with gr.Tab("My runs", id="runs") as mine:
+                gr.Markdown(
+                    "Merges that this browser began, for as long as they are kept. The link opens one anywhere."
+                )
+                held = gr.Dataframe(label="My runs", interactive=False)
             with gr.Tab("Browse", id="browse"):
                 browse_tab(yaml_text, experts, marked, base, tabs)
+            with gr.Tab("API", id="api"):
+                gr.Markdown(PROGRAMS)
+        mine.select(do.my_runs, runs, held, **HIDDEN)
+        held.select(do.open_run, held, [job, timer, tabs, walk], **HIDDEN)
         # A merge that still runs, or is done, is found again after a reload.
-        page.load(lambda name: gr.Timer(active=do.JOBS.get(name) is not None), job, timer, api_visibility="private")
+        page.load(do.opened_run, job, [job, timer], api_visibility="private")
         page.load(do.opened, None, [yaml_text, experts, marked, base], api_visibility="private")
         gr.api(do.plan_recipe, api_name="plan")
+        gr.api(do.inspect_model, api_name="inspect")
+        gr.api(do.merge_status, api_name="status")
         gr.api(do.browse_merges, api_name="browse")
     return page
 
@@ -50,13 +78,8 @@ def build() -> gr.Blocks:
 def experts_step() -> SimpleNamespace:
     """Build the first step: which models."""
     gr.Markdown("Search the Hub for models that were fine-tuned from the same base, or paste their ids.")
-    with gr.Row():
-        words = gr.Textbox(label="Search models", placeholder="words, or owner/name", max_length=200, scale=3)
-        find = gr.Button("Search", scale=1)
-        example = gr.Button("Try the example", variant="secondary", scale=1)
-    with gr.Row():
-        found = gr.Dropdown([], label="Found", visible=False, scale=3)
-        take = gr.Button("Add expert", scale=1)
+    found = search_box()
+    example = gr.Button("Try the example", variant="secondary")
     base = gr.Textbox(
         label="Base",
         info="adapters name theirs; full checkpoints need it",
@@ -69,11 +92,8 @@ def experts_step() -> SimpleNamespace:
         drop = gr.Button("Remove marked")
         to_method = gr.Button("Next: choose how", variant="primary")
     return SimpleNamespace(
-        words=words,
-        find=find,
         example=example,
         found=found,
-        take=take,
         base=base,
         table=table,
         marked=marked,
@@ -138,7 +158,7 @@ def merging_step() -> SimpleNamespace:
 
 def result_step() -> SimpleNamespace:
     """Build the fifth step: what came out."""
-    gallery = gr.Gallery(label="Figures", columns=3, object_fit="contain", height=300)
+    gallery = gr.Gallery(label="Figures", columns=2, object_fit="contain", height="auto", elem_id="figures")
     results = gr.Dataframe(label="Results", interactive=False)
     layers = gr.Dataframe(label="The least converged weights", interactive=False)
     gr.Markdown("### Try it")
@@ -191,7 +211,7 @@ def publish_step() -> SimpleNamespace:
     )
 
 
-def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
+def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, Any, Any]:
     """Build the steps of a merge, and say what their buttons do."""
     with gr.Walkthrough(selected=0) as walk:
         with gr.Step("Experts", id=0):
@@ -226,9 +246,7 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
         ),
         "inputs": [how.yaml_text, *form],
     }
-    first.find.click(do.search, first.words, first.found, **HIDDEN)
-    first.words.submit(do.search, first.words, first.found, **HIDDEN)
-    first.take.click(do.add, [first.found, experts], chosen, **HIDDEN).then(**changed)
+    first.found.submit(do.add, [first.found, experts], chosen, **HIDDEN).then(**changed)
     first.drop.click(do.remove, [first.marked, experts], chosen, **HIDDEN).then(**changed)
     first.base.blur(**changed)
     example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **HIDDEN)
@@ -240,7 +258,7 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)
     how.apply.click(do.from_yaml, how.yaml_text, taken, **HIDDEN).then(**changed)
     how.to_plan.click(**go_to(2)).then(do.plan_of, how.yaml_text, [plan.plan_text, plan.problems, plan.go], **HIDDEN)
-    plan.go.click(do.start, how.yaml_text, [job, walk, timer], **HIDDEN)
+    plan.go.click(do.start, [how.yaml_text, runs], [job, runs, walk, timer], **HIDDEN)
     seen = [run.shown, run.plot, timer, run.stop, run.to_result, walk]
     seen += [result.gallery, result.results, result.layers, last.card]
     timer.tick(do.poll, job, seen, show_progress="hidden", queue=False, **HIDDEN)
@@ -251,7 +269,7 @@ def merge_tab(experts: Any, job: Any, timer: Any) -> tuple[Any, Any, Any]:
     result.to_publish.click(**go_to(5)).then(do.who, None, [last.me, last.repo], **HIDDEN)
     last.card.change(do.body_of, last.card, last.rendered, **HIDDEN)
     last.push.click(do.publish, [job, last.repo, last.private, last.pull, last.card], last.done, **HIDDEN)
-    return how.yaml_text, first.marked, first.base
+    return how.yaml_text, first.marked, first.base, walk
 
 
 def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) -> None:
@@ -263,11 +281,12 @@ def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) 
     table = gr.Dataframe(label="Merges that carry a recipe", interactive=False)
     name = gr.Textbox(label="Chosen", interactive=False)
     take = gr.Button("Remix: load its recipe")
-    with gr.Row():
-        card = gr.Markdown(sanitize_html=True)
+    graph = gr.HTML(label="Lineage")
+    with gr.Accordion("Lineage as text", open=False):
         tree = gr.Code(label="Lineage", interactive=False)
+    card = gr.Markdown(sanitize_html=True)
     find.click(do.find_merges, [words, author], table, **HIDDEN)
-    table.select(do.read, table, [name, card, tree], **HIDDEN)
+    table.select(do.read, table, [name, card, tree, graph], **HIDDEN)
     take.click(do.remix, name, [yaml_text, experts, marked, base, tabs], **HIDDEN)
 
 

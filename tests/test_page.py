@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import family as families
+import hub_jobs  # noqa: F401 (the Hub server answers about Jobs then)
 import models
 import pytest
 import yaml
@@ -35,12 +36,13 @@ browser_test = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium
 
 
 @pytest.fixture(scope="module")
-def page_module():
+def page_module(tmp_path_factory):
     """Import the page with signing in as on a Space, and the example trained in a moment."""
     import gradio.oauth
 
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    patch.setenv("MATS_JOBS", str(tmp_path_factory.mktemp("jobs")))
     patch.setattr(gradio.oauth, "get_token", lambda: TOKEN)
     patch.setattr(gradio.oauth, "whoami", lambda *arguments, **options: ALICE)
     patch.setattr(demo, "BASE_STEPS", 30)
@@ -122,12 +124,8 @@ def toast(page, text: str) -> None:
 
 
 def add(page, spec: str) -> None:
-    box = page.get_by_label("Search models")
-    box.fill(spec)
-    box.press("Enter")
-    page.get_by_label("Found").wait_for()
-    page.wait_for_function("spec => [...document.querySelectorAll('input')].some(i => i.value === spec)", arg=spec)
-    click(page, "Add expert")
+    page.get_by_label("Search models").fill(spec)
+    page.get_by_label("Search models").press("Enter")
     page.get_by_role("checkbox", name=spec).wait_for()
 
 
@@ -177,6 +175,38 @@ def test_from_the_example_to_a_published_merge_and_its_remix(visit, published):
 
 
 @browser_test
+def test_models_are_found_as_one_types_by_keyboard_and_mouse(visit, published):
+    page = visit()
+    box = page.get_by_role("combobox", name="Search models")
+    box.press_sequentially("alph")
+    page.get_by_role("option", name="alice/alpha").wait_for()
+    box.press("ArrowDown")
+    assert box.get_attribute("aria-activedescendant") == "finder-0"
+    box.press("Enter")
+    page.get_by_role("checkbox", name="alice/alpha").wait_for()
+    box.press_sequentially("bet")
+    page.get_by_role("option", name="alice/beta").click()
+    page.get_by_role("checkbox", name="alice/beta").wait_for()
+    box.press_sequentially("no such model")
+    page.get_by_text("The Hub has no model that matches").wait_for()
+    box.press("Escape")
+    assert box.get_attribute("aria-expanded") == "false"
+
+
+@browser_test
+def test_a_run_has_a_link_of_its_own(visit, page_module, published):
+    recipe = Recipe.build(["alice/alpha", "alice/beta"], base="alice/base", method="average")
+    name = page_module.do.JOBS.start(recipe, TOKEN)
+    page = visit(query=f"?run={name}")
+    page.get_by_text("Cosine and sign conflict").or_(
+        page.get_by_role("img", name=re.compile("Cosine"))
+    ).first.wait_for()
+    other = visit(query="?run=guess")
+    other.get_by_role("tab", name="My runs").click()
+    assert not other.get_by_text("alpha, beta").locator("visible=true").count()
+
+
+@browser_test
 def test_experts_of_the_hub_are_merged_browsed_and_remixed(visit, published):
     merged = mats_hub.merge(
         [f"alice/{name}" for name in families.LABELS], base="alice/base", method="ties", density=0.37, token=TOKEN
@@ -186,7 +216,8 @@ def test_experts_of_the_hub_are_merged_browsed_and_remixed(visit, published):
     page.get_by_role("tab", name="Browse").click()
     click(page, "Find merges")
     page.get_by_text("alice/first").locator("visible=true").first.click()
-    page.get_by_text("├── alice/alpha@").wait_for()
+    page.get_by_role("img", name=re.compile("Lineage of alice.first")).locator("visible=true").wait_for()
+    assert page.locator("svg text").filter(has_text="alice/alpha").count() == 1
     click(page, "Remix: load its recipe")
     page.get_by_role("checkbox", name=re.compile("alpha@")).wait_for()
     click(page, "Next: choose how")
@@ -249,9 +280,16 @@ def test_hostile_and_unfit_experts_are_refused_where_they_are_written(visit, pub
     for text in HOSTILE:
         page.get_by_label("Search models").fill(text)
         page.get_by_label("Search models").press("Enter")
-        toast(page, "The Hub has no model")
+        toast(page, "is no Hub id")
         page.locator(".toast-body button, .toast-close").first.click()
     add(page, "alice/alpha")
+    add(page, "bob/gated")
+    page.get_by_role("alert").filter(has_text="bob/gated").filter(has_text="huggingface").or_(
+        page.get_by_role("alert").filter(has_text="gated")
+    ).locator("visible=true").first.wait_for()
+    page.get_by_role("checkbox", name="bob/gated").check()
+    click(page, "Remove marked")
+    page.get_by_role("checkbox", name="bob/gated").wait_for(state="detached")
     add(page, "alice/gpt2")
     page.get_by_label("Base").fill("alice/base")
     page.get_by_label("Base").blur()
@@ -294,14 +332,21 @@ def test_the_named_api_plans_and_browses(served, published):
     merged.push_to_hub("alice/first", token=TOKEN)
     client = Client(served, verbose=False)
     named = set(client.view_api(return_format="dict")["named_endpoints"]) - {"/_check_login_status"}
-    assert named == {"/plan", "/browse"}
+    assert named == {"/plan", "/browse", "/inspect", "/status"}
     recipe = Recipe.build(["alice/alpha", "alice/beta"], base="alice/base", method="ties").to_yaml()
     assert "nothing stands in the way of this merge" in client.predict(recipe, api_name="/plan")
     [found] = client.predict("first", "alice", api_name="/browse")
     assert found["id"] == "alice/first"
     assert found["experts"] == ["alice/alpha", "alice/beta"]
-    with pytest.raises(Exception, match="is no Hub id"):
-        client.predict(recipe.replace("alice/alpha", "../x"), api_name="/plan")
+    said = client.predict("alice/alpha", "alice/base", api_name="/inspect")
+    assert (said["kind"], said["license"], said["statistics"]) == ("full checkpoint", "apache-2.0", False)
+    with pytest.raises(Exception, match="no such merge"):
+        client.predict("guess", api_name="/status")
+    for name in ("../x", "/etc/passwd", "https://example.com/x"):
+        with pytest.raises(Exception, match="is no Hub id"):
+            client.predict(recipe.replace("alice/alpha", name), api_name="/plan")
+        with pytest.raises(Exception, match="is no Hub id"):
+            client.predict(name, "", api_name="/inspect")
     with pytest.raises(Exception, match=r"not valid YAML|holds no mapping"):
         client.predict("!!python/object/apply:os.system [ls]", api_name="/plan")
 
@@ -321,10 +366,10 @@ def test_paths_urls_and_local_folders_are_no_ids(page_module, tmp_path, monkeypa
             page_module.do.check_ids(Recipe.build(["a/b"], base=bad, method="average"), example)
 
 
-def test_jobs_wait_for_each_other_and_are_forgotten(page_module, local, monkeypatch):
+def test_jobs_wait_for_each_other_and_are_forgotten(page_module, local, monkeypatch, tmp_path):
     import merge_jobs
 
-    jobs, hold = merge_jobs.Jobs(), threading.Event()
+    jobs, hold = merge_jobs.Jobs(tmp_path / "jobs"), threading.Event()
     recipe = Recipe.build(local.experts, base=local.base, method="average")
     first = jobs.start(recipe, None, lambda job: hold.wait(30))
     second = jobs.start(recipe, None)
@@ -349,13 +394,66 @@ def test_jobs_wait_for_each_other_and_are_forgotten(page_module, local, monkeypa
     assert "/nowhere" in jobs.get(failing).error
     folder = jobs.get(first).merged.folder
     assert folder.is_dir()
+    assert not jobs.get(stopped).output.exists()
+    assert [path.name for path in jobs.get(first).folder.glob("*.png")] == [merge_jobs.AGREEMENT]
+    assert {path.name for path in jobs.get(stopped).folder.iterdir()} == {"job.json", "progress.json", "stop"}
     monkeypatch.setattr(merge_jobs, "KEEP_SECONDS", -1.0)
     jobs._clean()
     assert jobs.get(first) is None
     assert not folder.exists()
 
 
-def test_what_is_too_large_is_said(page_module, local, monkeypatch):
+def test_jobs_of_an_earlier_page_are_found_and_go_on(page_module, local, tmp_path):
+    import merge_jobs
+
+    recipe = Recipe.build(local.experts, base=local.base, method="average")
+    first = merge_jobs.Jobs(tmp_path)
+    done = first.start(recipe, None)
+    first._worker.shutdown(wait=True)
+    digest = first.get(done).merged.report.files
+    for name, token in (("goes-on", None), ("of-somebody", "hf_secret")):
+        (tmp_path / name).mkdir()
+        merge_jobs.Job(name, tmp_path / name, recipe, token, state="running").save()
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "job.json").write_text("{}")
+    assert "hf_secret" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    second = merge_jobs.Jobs(tmp_path)
+    second._worker.shutdown(wait=True)
+    assert second.get(done).merged.report.files == digest
+    assert second.get("goes-on").merged.report.files == digest
+    assert second.get("of-somebody").state == "failed"
+    assert "restarted" in second.get("of-somebody").error
+    assert second.get("junk") is None
+
+
+def test_what_all_merges_take_of_the_disk_has_a_limit(page_module, local, monkeypatch, tmp_path):
+    import merge_jobs
+
+    jobs = merge_jobs.Jobs(tmp_path)
+    recipe = Recipe.build(local.experts, base=local.base, method="average")
+    names = [jobs.start(recipe, None) for _ in range(3)]
+    jobs._worker.shutdown(wait=True)
+    size = sum(path.stat().st_size for path in jobs.get(names[0]).folder.rglob("*") if path.is_file())
+    monkeypatch.setattr(merge_jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(merge_jobs, "DISK_SHARE", 0.7)
+    jobs._clean()
+    assert [jobs.get(name) is not None for name in names] == [False, True, True]
+    assert size > 0
+
+
+def test_the_time_on_a_lent_gpu_grows_with_what_is_to_be_done(page_module, monkeypatch):
+    import merge_jobs
+
+    def seconds(size: float, tensors: int) -> int:
+        plan = SimpleNamespace(bytes_to_fetch=size, disk_bytes=size, merged_entries=range(tensors))
+        monkeypatch.setattr(merge_jobs.mats_hub, "make_plan", lambda *arguments: plan)
+        return merge_jobs.gpu_seconds(Recipe.build(["a/b"], method="average").to_yaml(), "", None)
+
+    assert seconds(0, 0) == 20
+    assert seconds(0, 0) < seconds(1e9, 200) < seconds(2e9, 400) < seconds(1e12, 400) == merge_jobs.MOST_GPU_SECONDS
+
+
+def test_what_is_too_large_is_said_with_what_a_job_costs(page_module, local, published, monkeypatch):
     import merge_jobs
 
     plan = mats_hub.make_plan(Recipe.build(local.experts, base=local.base, method="average"))
@@ -363,6 +461,14 @@ def test_what_is_too_large_is_said(page_module, local, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     [said] = merge_jobs.what_does_not_fit(plan)
     assert "of memory, but 800 B are free" in said
+    recipe = Recipe.build(["alice/alpha"], base="alice/base", method="average").to_yaml()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    _, said, button = page_module.do.plan_of(recipe, None)
+    assert "800 B are free" in said
+    assert "--job FLAVOR" in said
+    assert "per minute" in said
+    assert not button["interactive"]
 
 
 def test_the_front_matter_asks_for_the_least():

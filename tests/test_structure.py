@@ -50,7 +50,7 @@ FLOORS = (
     ("suite",),
     ("adapter_merging", "card", "eval_results"),
     ("hub", "merged_model"),
-    ("demo", "browsing", "candidates", "jobs", "replaying"),
+    ("demo", "browsing", "candidates", "conflict", "jobs", "replaying"),
     ("choosing", "compressing"),
     ("cli.recipes", "cli.statistics"),
     ("cli.browsing", "cli.choosing"),
