@@ -107,16 +107,42 @@ def by_layer(found: Sequence[Agreement]) -> list[Agreement]:
     ]
 
 
+def table(layers: Sequence[Agreement]) -> str:
+    """Return a line for each layer: the cosine and the sign conflict of each pair of experts."""
+    pairs = _pairs(layers)
+    titles = [f"{a} · {b}" for a, b, _ in pairs]
+    left = max([len(layer.name) for layer in layers], default=0)
+    lines = ["  ".join([" " * left, *titles]), *([] if titles else ["one expert alone agrees with itself"])]
+    for layer in layers if titles else ():
+        cells = (f"{float(layer.cosines[at]):+.2f} {float(layer.conflicts[at]):4.0%}" for _, _, at in pairs)
+        lines.append(
+            "  ".join(
+                [layer.name.ljust(left), *(cell.ljust(len(title)) for cell, title in zip(cells, titles, strict=True))]
+            ).rstrip()
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "cosine of the task vectors, and share of the entries both change that they change to different sides",
+        ]
+    )
+
+
 def draw(layers: Sequence[Agreement], path: Path) -> None:
     """Draw cosines and sign conflicts as two heat maps, layers by pairs of experts, into a PNG file; not of one expert alone."""
-    names = layers[0].experts if layers else ()
-    pairs = list(combinations(range(len(names)), 2))
+    pairs = _pairs(layers)
     if not pairs:
         return
 
     def values(part: str) -> list[list[float]]:
-        return [[float(getattr(layer, part)[i, j]) for i, j in pairs] for layer in layers]
+        return [[float(getattr(layer, part)[at]) for _, _, at in pairs] for layer in layers]
 
     maps = {"cosine": (values("cosines"), -1.0, 1.0, "RdBu"), "sign conflict": (values("conflicts"), 0.0, 1.0, "Reds")}
-    columns = [f"{names[i]} · {names[j]}" for i, j in pairs]
-    draw_heat_maps(maps, [layer.name for layer in layers], columns, path)
+    draw_heat_maps(maps, [layer.name for layer in layers], [f"{a} · {b}" for a, b, _ in pairs], path)
+
+
+def _pairs(layers: Sequence[Agreement]) -> list[tuple[str, str, tuple[int, int]]]:
+    """Return each pair of experts: their names, and where in the matrices they are."""
+    names = layers[0].experts if layers else ()
+    return [(names[i], names[j], (i, j)) for i, j in combinations(range(len(names)), 2)]

@@ -7,6 +7,8 @@ import html
 from mats_hub.browsing import Lineage
 
 WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 46, 36, 22
+LEAST_WIDTH = 760
+"""A wide graph is made smaller to fit, but not below this: then it scrolls."""
 
 
 def lineage_svg(root: Lineage) -> str:
@@ -15,9 +17,10 @@ def lineage_svg(root: Lineage) -> str:
     lines: list[str] = []
     columns, depth = _place(root, 0, 0, boxes, lines)
     width, height = columns * (WIDTH + GAP_X), (depth + 1) * (HEIGHT + GAP_Y) + 8
+    style = f"width: 100%; max-width: {width}px; min-width: {min(width, LEAST_WIDTH)}px; height: auto"
     return (
         f"<div class='scroll' tabindex='0'><svg role='img' aria-label='Lineage of {html.escape(root.spec, True)}' "
-        f"viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='12'>{''.join(lines + boxes)}</svg></div>"
+        f"viewBox='0 0 {width} {height}' style='{style}' font-size='12'>{''.join(lines + boxes)}</svg></div>"
     )
 
 

@@ -385,10 +385,10 @@ def pictures(job: Job, merged: MergedModel) -> list[tuple[str, str]]:
     words = {
         "results": "Score of each model on each task",
         "convergence": "Relative residual of every solved weight",
-        "movement": "Norm of the task vectors of experts, start and merged model",
+        "movement": "How far each tensor moved",
     }
     shown = [(merged.folder / "figures" / f"{name}.png", text) for name, text in words.items()]
-    shown.append((job.folder / AGREEMENT, "Cosine and sign conflict between the experts' task vectors, by layer"))
+    shown.append((job.folder / AGREEMENT, "Where the experts agree, by layer"))
     return [(str(path), text) for path, text in shown if path.exists()]
 
 
@@ -408,7 +408,7 @@ def worst(merged: MergedModel) -> pd.DataFrame:
     solved.sort(key=lambda record: -(record.residual or 0.0))
     return pd.DataFrame(
         [(record.key, record.iterations, f"{record.residual:.2e}", record.outcome) for record in solved[:8]],
-        columns=["weight", "iterations", "relative residual", "how it ended"],
+        columns=["weight", "steps", "relative residual", "how it ended"],
     )
 
 

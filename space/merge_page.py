@@ -20,6 +20,9 @@ CSS = """
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
 .problems { border-left: 4px solid #c92a2a; padding: .4rem .8rem; margin: .5rem 0 } progress { width: 100%; height: 1rem }
 #figures img { background: white }
+#figures .grid-wrap { max-height: none; height: auto; overflow: visible }
+#figures .thumbnail-item { aspect-ratio: 3 / 2 }
+#figures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 #tried img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 """
 
@@ -58,7 +61,7 @@ def build() -> gr.Blocks:
                 gr.Markdown(
                     "Merges that this browser began, for as long as they are kept. The link opens one anywhere."
                 )
-                held = gr.Dataframe(label="My runs", interactive=False)
+                held = gr.Dataframe(label="My runs", interactive=False, wrap=True)
             with gr.Tab("Browse", id="browse"):
                 browse_tab(yaml_text, experts, marked, base, tabs)
             with gr.Tab("API", id="api"):
@@ -158,9 +161,9 @@ def merging_step() -> SimpleNamespace:
 
 def result_step() -> SimpleNamespace:
     """Build the fifth step: what came out."""
-    gallery = gr.Gallery(label="Figures", columns=2, object_fit="contain", height="auto", elem_id="figures")
+    gallery = gr.Gallery(label="Figures", columns=2, object_fit="contain", height=None, elem_id="figures")
     results = gr.Dataframe(label="Results", interactive=False)
-    layers = gr.Dataframe(label="The least converged weights", interactive=False)
+    layers = gr.Dataframe(label="The least converged weights", interactive=False, wrap=True)
     gr.Markdown("### Try it")
     with gr.Row():
         text = gr.Textbox(label="A text", max_length=2000)
@@ -232,12 +235,14 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
 
     form = [experts, first.base, how.preset, *how.inputs]
     chosen, taken = [experts, first.marked], [how.yaml_text, experts, first.marked, first.base]
-    changed = {"fn": do.cards, "inputs": [experts, first.base], "outputs": first.table, **HIDDEN}
+    # What is chosen while an earlier choice is still being looked at is looked at, too.
+    latest: dict[str, Any] = {"trigger_mode": "always_last", **HIDDEN}
+    changed = {"fn": do.cards, "inputs": [experts, first.base], "outputs": first.table, **latest}
     write: dict[str, Any] = {
         "fn": lambda experts, base, preset, *values: do.recipe_of(experts, base, preset, how.names, list(values)),
         "inputs": form,
         "outputs": how.yaml_text,
-        **HIDDEN,
+        **latest,
     }
     keep = {
         **write,
@@ -278,7 +283,7 @@ def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) 
         words = gr.Textbox(label="Words in the id", max_length=100)
         author = gr.Textbox(label="Author", max_length=100)
         find = gr.Button("Find merges", variant="primary")
-    table = gr.Dataframe(label="Merges that carry a recipe", interactive=False)
+    table = gr.Dataframe(label="Merges that carry a recipe", interactive=False, wrap=True)
     name = gr.Textbox(label="Chosen", interactive=False)
     take = gr.Button("Remix: load its recipe")
     graph = gr.HTML(label="Lineage")

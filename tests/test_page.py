@@ -13,8 +13,10 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import family as families
 import hub_jobs  # noqa: F401 (the Hub server answers about Jobs then)
@@ -24,6 +26,7 @@ import yaml
 
 import mats_hub
 from mats_hub import demo
+from mats_hub.browsing import Lineage
 from mats_hub.recipe import Recipe
 
 gradio = pytest.importorskip("gradio", reason="the page's tests need Gradio: pip install 'mats-hub[ui]'")
@@ -61,7 +64,7 @@ def served(page_module):
         built = page_module.build()
         _, url, _ = built.launch(
             theme=page_module.THEME, prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False,
-            show_error=True,
+            show_error=True, mcp_server=True,
         )  # fmt: skip
     yield url
     built.close()
@@ -194,12 +197,34 @@ def test_models_are_found_as_one_types_by_keyboard_and_mouse(visit, published):
 
 
 @browser_test
+def test_the_way_to_a_merge_by_keyboard_alone(visit, published):
+    page = visit()
+
+    def press(name: str) -> None:
+        button = page.get_by_role("button", name=name, exact=True)
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if button.evaluate("element => element === document.activeElement"):
+                return page.keyboard.press("Enter")
+        raise AssertionError(f"{name!r} is not reached by the Tab key")
+
+    press("Try the example")
+    page.get_by_text("They fit together").wait_for()
+    press("Next: choose how")
+    page.get_by_text("example/sideways-parity").last.wait_for()
+    press("Next: see the plan")
+    page.get_by_text("nothing stands in the way").wait_for()
+    press("Merge")
+    page.get_by_text("The least converged weights").wait_for()
+
+
+@browser_test
 def test_a_run_has_a_link_of_its_own(visit, page_module, published):
     recipe = Recipe.build(["alice/alpha", "alice/beta"], base="alice/base", method="average")
     name = page_module.do.JOBS.start(recipe, TOKEN)
     page = visit(query=f"?run={name}")
-    page.get_by_text("Cosine and sign conflict").or_(
-        page.get_by_role("img", name=re.compile("Cosine"))
+    page.get_by_text("Where the experts agree").or_(
+        page.get_by_role("img", name=re.compile("Where the experts agree"))
     ).first.wait_for()
     other = visit(query="?run=guess")
     other.get_by_role("tab", name="My runs").click()
@@ -349,6 +374,45 @@ def test_the_named_api_plans_and_browses(served, published):
             client.predict(name, "", api_name="/inspect")
     with pytest.raises(Exception, match=r"not valid YAML|holds no mapping"):
         client.predict("!!python/object/apply:os.system [ls]", api_name="/plan")
+
+
+def test_assistants_find_the_same_actions_as_tools(served, published):
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def ask() -> tuple[dict[str, str], list[str]]:
+        async with (
+            streamablehttp_client(served + "gradio_api/mcp/") as (reading, writing, _),
+            ClientSession(reading, writing) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool.description for tool in (await session.list_tools()).tools}
+            calls = [
+                ("inspect_model", {"model": "alice/alpha", "base": "alice/base"}),
+                ("inspect_model", {"model": "../../etc/passwd"}),
+            ]
+            answers = [await session.call_tool(*call) for call in calls]
+            return tools, [answer.content[0].text for answer in answers]
+
+    with ThreadPoolExecutor() as apart:  # the browser's own loop runs in this thread
+        tools, (known, hostile) = apart.submit(lambda: asyncio.run(ask())).result()
+    assert {"plan_recipe", "browse_merges", "inspect_model", "merge_status"} <= set(tools)
+    assert "every problem" in tools["plan_recipe"]
+    assert "full checkpoint" in known
+    assert "is no Hub id" in hostile
+
+
+def test_names_in_a_lineage_are_text(page_module):
+    from lineage_graph import lineage_svg
+
+    hostile = "<script>alert(1)</script>'\" onload='x"
+    root = Lineage(hostile, "", "ties", [Lineage(hostile, "expert", note=hostile)])
+    drawn = lineage_svg(root)
+    elements = list(ElementTree.fromstring(drawn).iter())
+    assert {element.tag for element in elements} == {"div", "svg", "g", "title", "rect", "text", "path"}
+    assert not any("onload" in element.attrib for element in elements)
 
 
 def test_paths_urls_and_local_folders_are_no_ids(page_module, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mats_hub.progress import progress_bar
@@ -15,13 +16,21 @@ STREAM = "read experts from the Hub tensor by tensor, and keep none of them on t
 
 
 def add_commands(commands: Any) -> None:
-    """Add the commands `plan`, `merge` and `push`."""
+    """Add the commands `plan`, `agreement`, `merge` and `push`."""
     plan = commands.add_parser(
         "plan", help="show what a merge would do to every tensor, and every problem, without doing it"
     )
     add_recipe_flags(plan)
     plan.add_argument("--stream", action="store_true", help=STREAM)
     plan.set_defaults(run=_plan)
+
+    agreement = commands.add_parser(
+        "agreement", help="show where experts agree and where they pull apart: cosines and sign conflicts by layer"
+    )
+    add_recipe_flags(agreement)
+    agreement.add_argument("--figure", metavar="FILE.png", help="draw them as heat maps, too")
+    agreement.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    agreement.set_defaults(run=_agreement)
 
     merge = commands.add_parser("merge", help="merge experts, from a recipe file or from flags")
     add_recipe_flags(merge)
@@ -107,6 +116,16 @@ def _plan(stream: bool, **options: Any) -> int:
     plan = make_plan(read_recipe(options), stream=stream)
     print(plan)
     return 1 if plan.problems else 0
+
+
+def _agreement(figure: str | None, device: str, **options: Any) -> None:
+    from mats_hub.conflict import agreement, by_layer, draw, table
+
+    layers = by_layer(agreement(read_recipe(options), device=device, progress=progress_bar))
+    print(table(layers))
+    if figure:
+        draw(layers, Path(figure))
+        print(f"\ndrawn: {figure}")
 
 
 def _merge(

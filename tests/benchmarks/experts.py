@@ -5,7 +5,9 @@
 
 EXPERTS holds a folder per expert, adapters or full checkpoints (train_experts.py trains such); TASKS a folder of the same name
 with validation.jsonl and test.jsonl (text, label). Statistics are measured on the validation data, once, into --statistics.
-The summary is a table, the mean over the files of each method: one file for each seed that experts were trained with.
+Each method's chosen recipe is then merged once more in a process of its own: its time relative to the average's, and the peak
+of memory above what the process held before. The summary is a table, the mean over the files of each method: one file for each
+seed that experts were trained with.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import argparse
 import json
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+
+from adapters import peak, reset_peak
 
 import mats_hub
 from mats_hub.candidates import Candidate, merge_candidates
@@ -102,16 +109,10 @@ IA3_METHODS: dict[str, list[dict]] = {
     ),
     "MaTS, block Fisher, from TIES": grid(**BLOCK, initialization=["ties"], scale=[1.0, 1.5]),
 }
-FULL_METHODS: dict[str, list[dict]] = {
-    name: [*settings, *(setting | {"parameters": ["linear"]} for setting in settings)]
-    if settings[0]["method"] == "mats"
-    else settings
-    for name, settings in METHODS.items()
-}
 KINDS: dict[str, tuple[dict[str, dict], dict[str, list[dict]]]] = {
     "LORA": ({"": {"kind": ["kfac", "fisher"]}, "-sketch": SKETCHED}, LORA_METHODS),
     "IA3": ({"": {"kind": ["block_fisher", "fisher"]}}, IA3_METHODS),
-    "full": ({"": {"kind": ["kfac", "fisher"]}}, FULL_METHODS),
+    "full": ({"": {"kind": ["kfac", "fisher"]}}, METHODS),
 }
 """Kind of expert → what is measured, by the ending of its files, and what is run."""
 
@@ -129,8 +130,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--summary", type=Path, nargs="+", help="such files, to be summed up")
     parser.add_argument("--figure", type=Path, help="with --summary: a picture of the table")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.job:
+        print(json.dumps(merge_once(arguments.job)))
+        return
     if arguments.summary:
         summarize(arguments.summary, arguments.figure)
         return
@@ -201,10 +206,11 @@ class Benchmark:
             found[name].append((self.mean(value), setting, recipes[number]))
             print(f"  {name} {setting}: validation {self.mean(value):.4f}", flush=True)
         best = {name: max(held, key=lambda one: one[0]) for name, held in found.items() if held}
-        rows = []
+        rows, average = [], cost_of(mats_hub.Recipe.build(entries, **common, method="average"))
         for number, test in self.scores([recipe for _, _, recipe in best.values()], "test"):
             name = list(best)[number]
-            validation, setting, _ = best[name]
+            validation, setting, recipe = best[name]
+            cost = cost_of(recipe)
             varied = [key for key in setting if len({str(s.get(key)) for s in methods[name]}) > 1]
             row = {
                 "method": name,
@@ -213,9 +219,11 @@ class Benchmark:
                 "test": test,
                 "accuracy": self.mean(test),
                 "ratio": self.mean({task: value / self.alone[task] for task, value in test.items()}),
+                "time": cost["seconds"] / average["seconds"],
+                "memory": cost["memory"],
             }
             rows.append(row)
-            print(f"{name}: {row['accuracy']:.4f}, {row['ratio']:.4f}", flush=True)
+            print(f"{name}: {row['accuracy']:.4f}, {row['ratio']:.4f}, time {row['time']:.1f}", flush=True)
         return rows
 
     def scores(self, recipes: list, part: str) -> Iterator[tuple[int, dict[str, float]]]:
@@ -237,6 +245,24 @@ class Benchmark:
         return sum(scores.values()) / len(scores)
 
 
+def cost_of(recipe: mats_hub.Recipe) -> dict[str, float]:
+    """Return what `merge_once` finds in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(recipe.to_yaml())
+        done = subprocess.run([sys.executable, __file__, "--job", path], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def merge_once(recipe: Path) -> dict[str, float]:
+    """Return the seconds of a merge, and by how many MB memory rose."""
+    with tempfile.TemporaryDirectory() as folder:
+        merge, loaded = mats_hub.merge, mats_hub.Recipe.load(recipe)  # imported here: not the merge's own time
+        started, before = time.perf_counter(), reset_peak()
+        merge(loaded, output=Path(folder, "merged"))
+        return {"seconds": time.perf_counter() - started, "memory": peak() - before}
+
+
 def summarize(files: list[Path], figure: Path | None) -> None:
     """Print a row for each method: what was chosen, and the mean over the files with the standard deviation of the ratio."""
     contents = [json.loads(file.read_text()) for file in files]
@@ -245,16 +271,27 @@ def summarize(files: list[Path], figure: Path | None) -> None:
     rows: dict[str, list[dict]] = {}
     for row in (row for content in contents for row in content["rows"]):
         rows.setdefault(row["method"], []).append(row)
-    print("| method | settings chosen | validation | test accuracy | merged ÷ expert |\n|---|---|---|---|---|")
+    columns = (
+        "method",
+        "settings chosen",
+        "validation",
+        "test accuracy",
+        "merged ÷ expert",
+        "time ÷ average's",
+        "memory",
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     bars = {}
     for name, held in rows.items():
         settings = {
             key: sorted({str(row["setting"].get(key)).strip("[]'") for row in held}) for key in held[0]["setting"]
         }
         text = ", ".join(f"{key} {' / '.join(values)}" for key, values in settings.items()) or "–"
-        means = [statistics.mean(row[key] for row in held) for key in ("validation", "accuracy", "ratio")]
+        means = [statistics.mean(row[key] for row in held) for key in ("validation", "accuracy", "ratio", "time")]
         spread = f" ± {statistics.stdev(row['ratio'] for row in held):.3f}" if len(held) > 1 else ""
-        print(f"| {name} | {text} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.3f}{spread} |")
+        memory = max(row["memory"] for row in held)
+        accuracy = f"{means[0]:.3f} | {means[1]:.3f} | {means[2]:.3f}{spread}"
+        print(f"| {name} | {text} | {accuracy} | {means[3]:.1f} | {memory:.0f} MB |")
         bars[name] = means[2]
     if figure:
         draw_table(bars, "merged ÷ expert, test", figure)
