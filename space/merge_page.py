@@ -118,7 +118,7 @@ def how_step() -> SimpleNamespace:
                     names.append(name)
                     inputs.append(do.component(name, field))
     write = gr.Button("Write the recipe", variant="primary")
-    yaml_text = gr.Code(language="yaml", label="Recipe (editable)", lines=8, max_lines=18)
+    yaml_text = gr.Code(language="yaml", label="Recipe (editable; Escape and Tab leave it)", lines=8, max_lines=18)
     with gr.Row():
         apply = gr.Button("Take experts from the recipe")
         to_plan = gr.Button("Next: see the plan", variant="primary")

@@ -203,6 +203,7 @@ def test_the_way_to_a_merge_by_keyboard_alone(visit, published):
     def press(name: str) -> None:
         button = page.get_by_role("button", name=name, exact=True)
         for _ in range(80):
+            page.keyboard.press("Escape")  # out of the recipe's editor, in which Tab indents
             page.keyboard.press("Tab")
             if button.evaluate("element => element === document.activeElement"):
                 return page.keyboard.press("Enter")
