@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -133,13 +134,12 @@ class Checkpoint:
         path, width = self.source.path(header.file), DTYPE_BYTES[header.dtype]
         if header.file not in self._offsets:
             self._offsets[header.file] = tensor_offsets(path)
-        content = bytearray((stop - start) * width)
+        content = torch.empty((stop - start) * width, dtype=torch.uint8)
         with path.open("rb", buffering=0) as file:
             file.seek(self._offsets[header.file][name] + start * width)
-            if file.readinto(content) != len(content):
+            if file.readinto(content.numpy().data) != len(content):
                 raise CheckpointError(f"{self.source.spec!r}: {header.file} is cut short; fetch it again")
-        dtype = TORCH_DTYPES[header.dtype]
-        return torch.frombuffer(content, dtype=torch.uint8).view(dtype) if content else torch.empty(0, dtype=dtype)
+        return content.view(TORCH_DTYPES[header.dtype])
 
     def streamed(self) -> dict[str, dict[str, str]]:
         """Return what was read by range: file → chunk's number → its hash."""
@@ -198,6 +198,7 @@ class CheckpointWriter:
         self._places = {name: file for file, shard in self.pending.items() for name in shard}
         self._missing = {file: set(shard) for file, shard in self.pending.items()}
         self._open: dict[str, tuple[BinaryIO, dict[str, int]]] = {}
+        self._lock = Lock()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -257,14 +258,15 @@ class CheckpointWriter:
         self.put_part(name, 0, tensor.reshape(-1))
 
     def put_part(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write flat entries of a tensor to their place, from entry `start` on; see `put`."""
+        """Write flat entries of a tensor to their place, from entry `start` on, from any thread; see `put`."""
         file, header = self._places[name], self._layout[name]
-        if file not in self._open:
-            self.begin(file)
         stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
-        opened, offsets = self._open[file]
-        opened.seek(offsets[name] + start * DTYPE_BYTES[header.dtype])
-        opened.write(stored.view(torch.uint8).numpy().data)
+        with self._lock:
+            if file not in self._open:
+                self.begin(file)
+            opened, offsets = self._open[file]
+            opened.seek(offsets[name] + start * DTYPE_BYTES[header.dtype])
+            opened.write(stored.view(torch.uint8).numpy().data)
 
     def begin(self, file: str, create: bool = True) -> None:
         """Open a shard, and write its header unless another process has done so."""

@@ -22,11 +22,12 @@ from mats_hub.initialization.consensus import multi_task_vector, task_mask
 from mats_hub.loading import TASKS_FOLDER, load
 from mats_hub.localize import Packer
 from mats_hub.merged_model import MergedModel, as_recipe, make_report, write_surroundings
-from mats_hub.merging import deltas_at, thresholds
+from mats_hub.merging import thresholds
 from mats_hub.output import check_output, staged
 from mats_hub.plan import Action, Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent
+from mats_hub.reading import deltas_at
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import TensorRecord
 from mats_hub.scoring import LOWER_IS_BETTER

@@ -17,9 +17,9 @@ from torch import Tensor
 from mats_hub.device import choose_device
 from mats_hub.figures import draw_heat_maps
 from mats_hub.merged_model import as_recipe
-from mats_hub.merging import parts_at
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent
+from mats_hub.reading import Span, over_spans
 from mats_hub.recipe import Recipe
 
 
@@ -79,16 +79,19 @@ def agreement(
     plan = make_plan(as_recipe(experts, **options).changed(method="task_arithmetic"), token)
     plan.raise_problems()
     place, names = choose_device(device), tuple(expert.name for expert in plan.experts)
-    entries, found = plan.merged_entries, []
-    for entry in (progress or silent)(entries, len(entries), "comparing task vectors"):
-        sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
-        for _, _, deltas in parts_at(plan, entry, place):
-            stacked = torch.stack(deltas)
-            signs = stacked.sign()
-            touched = signs.abs()
-            same, shared = (signs @ signs.T).cpu().double(), (touched @ touched.T).cpu().double()
-            sums += torch.stack([(stacked @ stacked.T).cpu().double(), (shared - same) / 2, shared])
-        found.append(Agreement(entry.key, names, *sums))
+
+    def compared(span: Span) -> Tensor:
+        stacked = torch.stack(span.read(plan, place)[1])
+        signs = stacked.sign()
+        touched = signs.abs()
+        same, shared = (signs @ signs.T).cpu().double(), (touched @ touched.T).cpu().double()
+        return torch.stack([(stacked @ stacked.T).cpu().double(), (shared - same) / 2, shared])
+
+    reading = over_spans(plan, plan.merged_entries, place, compared)
+    found = [
+        Agreement(entry.key, names, *sums)
+        for entry, sums in (progress or silent)(reading, len(plan.merged_entries), "comparing task vectors")
+    ]
     plan.finish_reading()
     return found
 

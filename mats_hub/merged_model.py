@@ -232,7 +232,8 @@ def _write_all(
 ) -> MergeReport:
     """Write weights, heads, configs, companions, recipe, report and card; return the report, in every process."""
     from mats_hub.adapter_merging import merge_adapters
-    from mats_hub.merging import compute_dtype, merge_tensors
+    from mats_hub.merging import merge_tensors
+    from mats_hub.reading import compute_dtype
 
     recipe_text = plan.recipe.to_yaml()
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()
@@ -268,7 +269,7 @@ def make_report(
     plan: Plan, records: list[TensorRecord], device: Any, files: dict[str, str], notes: list[str]
 ) -> MergeReport:
     """Return the report of what was done by a plan."""
-    from mats_hub.merging import compute_dtype
+    from mats_hub.reading import compute_dtype
 
     return MergeReport(
         recipe=plan.recipe.model_dump(mode="json"),

@@ -9,6 +9,8 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import Checkpoint
@@ -18,6 +20,7 @@ from mats_hub.recipe import Recipe
 from mats_hub.source import Source, TensorHeader
 from mats_hub.statistics.file import Statistics
 from mats_hub.streaming import AHEAD, CHUNK_BYTES
+from mats_hub.threads import workers
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LINEAR_INITIALIZATIONS = ("average", "task_arithmetic")
@@ -29,7 +32,7 @@ SPECTRAL_INITIALIZATIONS = ("tsvm", "iso_c", "iso_cts", "knots")
 MATRIX_KINDS = ("gram", "kfac", "task_vector")
 """The kinds of curvature that act on ``[out, in]`` matrices; the others act on a tensor as it is stored."""
 
-PART_ENTRIES = 2**20
+PART_ENTRIES = 2**19
 """How many entries are merged at a time where that is done entry by entry: what fits a processor's cache."""
 
 INTERPRETER_BYTES = 450 * 10**6
@@ -245,7 +248,7 @@ class Plan:
         start = self.recipe.initialization
         if start.method == "ties":
             return start.global_density is not None
-        return start.method in ("average", "task_arithmetic", "consensus")
+        return start.method in ("average", "task_arithmetic", "dare", "dare_ties", "consensus")
 
     def in_factors(self, entry: Entry) -> bool:
         """Tell whether a weight of a merge into a LoRA adapter is merged in the experts' factors, and not as a dense matrix.
@@ -272,7 +275,7 @@ class Plan:
             held = [(expert, expert.names[entry.key]) for expert in self.experts if expert.holds(entry.key)]
             tensors = 48 * sum(e.checkpoint.headers[name].numel for e, own in held for name in e.files(own))
         elif not solved and self.entry_by_entry and not any(expert.adapter for expert in self.experts):
-            tensors = width * min(n, PART_ENTRIES) * (3 * count + 4)
+            tensors = width * min(n, PART_ENTRIES * workers(torch.device("cpu"))) * (3 * count + 4)
         else:
             tensors = width * n * (3 * count + 4 + (8 if solved else 0))
         if not solved or self.recipe.curvature is None or self.recipe.solver is None:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
+
 from mats_hub.adapter import LoraAdapter
 from mats_hub.adapter_planning import settle_format, with_origins
 from mats_hub.architecture import Architecture, align, describe, layer_pattern
@@ -24,6 +26,7 @@ from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, P
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.solver import has_closed_form
 from mats_hub.source import open_source
+from mats_hub.threads import in_threads, workers
 from mats_hub.vocabulary import Vocabulary, tell_config_differences
 
 CURVATURE_CLASSES = {
@@ -350,6 +353,10 @@ def _pinned(plan: Plan) -> Recipe:
     """Return the recipe with every id pinned to its commit and every folder called by its last part."""
     if len(plan.experts) != len(plan.recipe.experts):
         return plan.recipe
+    local = [expert.source for expert in plan.experts if not expert.source.repo_id]
+    list(
+        in_threads(lambda source: source.fingerprint, local, workers(torch.device("cpu")))
+    )  # at once; each keeps its own
     experts = []
     for entry, expert in zip(plan.recipe.experts, plan.experts, strict=True):
         changes = {

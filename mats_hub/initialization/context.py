@@ -15,6 +15,7 @@ class Context:
         key: the weight's name.
         experts: the experts' names, in order; random draws depend on the name, not on the position.
         seed: the recipe's seed.
+        start: where in the weight the task vectors begin, where they are flat entries of a part of it.
         thresholds: for each expert the magnitude below which an entry of the whole task vector is trimmed, when the
             initialization trims globally; None lets it trim this weight alone.
         origin: the weight that the task vectors start from.
@@ -26,6 +27,7 @@ class Context:
     key: str = ""
     experts: tuple[str, ...] = ()
     seed: int = 0
+    start: int = 0
     thresholds: tuple[float, ...] | None = None
     origin: Tensor | None = None
     transposed: bool = False

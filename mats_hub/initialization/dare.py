@@ -11,6 +11,9 @@ from torch import Tensor
 from mats_hub.initialization.context import Context
 from mats_hub.initialization.ties import elect
 
+BLOCK = 2**16
+"""Entries that are drawn by one generator."""
+
 
 def dare(
     deltas: Sequence[Tensor],
@@ -49,17 +52,26 @@ def dare_ties(
 
 
 def drawn(delta: Tensor, expert: str, context: Context) -> Tensor:
-    """Return uniform numbers in [0, 1) of the delta's shape, in float64 on the CPU, of this seed, expert and weight."""
-    digest = hashlib.sha256(f"{context.seed}\0{expert}\0{context.key}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    # Not `bernoulli_`: with one probability for all entries it draws other numbers on processors with MKL's path.
-    return torch.rand(delta.shape, generator=generator, dtype=torch.float64, device="cpu")
+    """Return uniform integers in [−2³¹, 2³¹) of the delta's shape, int32 on the CPU, of this seed, expert and weight.
+
+    Each block of flat entries of the weight has a generator of its own, so that a part of it can be drawn alone.
+    """
+    first, last = context.start // BLOCK, (context.start + max(delta.numel(), 1) - 1) // BLOCK
+    held = torch.empty(last + 1 - first, BLOCK // 2, dtype=torch.int64, device="cpu")
+    for number, block in enumerate(held, start=first):
+        digest = hashlib.sha256(f"{context.seed}\0{expert}\0{context.key}\0{number}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        block.random_(-(2**63), None, generator=generator)
+    begin = context.start - first * BLOCK
+    return held.view(torch.int32).flatten()[begin : begin + delta.numel()].view(delta.shape)
 
 
 def _dropped(delta: Tensor, expert: str, context: Context, density: float) -> Tensor:
-    return rescaled(delta, (drawn(delta, expert, context) < density).to(delta.device), density)
+    # 1 where the draw is below the density's share of all integers, else 0, without a boolean (see `elect`).
+    keep = (round(density * 2**31) - 2**30 - (drawn(delta, expert, context) >> 1)).clamp_(0, 1)
+    return rescaled(delta, keep.to(delta.device, delta.dtype), density)
 
 
 def rescaled(delta: Tensor, keep: Tensor, density: float) -> Tensor:
-    """Return `delta` where `keep` holds, divided by `density` so that its expectation is unchanged, and 0 elsewhere."""
-    return torch.where(keep, delta / density, 0)
+    """Return `delta` where `keep` is 1, divided by `density` so that its expectation is unchanged, and 0 where it is 0."""
+    return delta / density * keep
