@@ -215,18 +215,6 @@ def test_shards_are_written_and_read(family, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "sharded") is not None
 
 
-def test_two_runs_give_the_same_bytes_under_any_hash_seed(family, tmp_path):
-    code = "import mats_hub, sys; mats_hub.merge(sys.argv[3:], base=sys.argv[1], method='dare', output=sys.argv[2])"
-    for seed in ("0", "1"):
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, family.base, str(tmp_path / seed), *family.experts],
-            check=True, env={**os.environ, "PYTHONHASHSEED": seed},
-        )  # fmt: skip
-    names = sorted(path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*") if path.is_file())
-    assert len(names) > 8
-    assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes() for name in names)
-
-
 def test_the_recipe_in_the_folder_repeats_the_merge(family, tmp_path, monkeypatch):
     first = mats_hub.merge(
         family.experts, base=family.base, method="mats", iterations=7, initialization="ties", output=tmp_path / "first"
@@ -492,9 +480,8 @@ def test_two_experts_with_kfac_are_solved_exactly(family):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_gives_what_the_cpu_gives(family, method):
-    cpu, gpu = (
-        weights(mats_hub.merge(family.experts, base=family.base, method=method, device=d)) for d in ("cpu", "cuda")
-    )
+    experts = family.experts[:2] if method == "slerp" else family.experts
+    cpu, gpu = (weights(mats_hub.merge(experts, base=family.base, method=method, device=d)) for d in ("cpu", "cuda"))
     for key, value in cpu.items():
         torch.testing.assert_close(gpu[key], value, rtol=1e-3, atol=1e-4)
 
