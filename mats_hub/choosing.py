@@ -320,6 +320,11 @@ def _label(setting: Mapping[str, Any]) -> str:
 def harness(model: str | Path, tasks: Sequence[str], device: str = "auto") -> list[dict[str, Any]]:
     """Score a causal language model by lm-evaluation-harness, which has to be installed (``pip install lm-eval``).
 
+    Args:
+        model: a folder or a Hub id.
+        tasks: names of its tasks, or YAML files of tasks of one's own.
+        device: where to compute.
+
     Returns:
         Rows for `MergedModel.add_results`, one per task and metric.
 
@@ -341,6 +346,6 @@ def harness(model: str | Path, tasks: Sequence[str], device: str = "auto") -> li
     for task, values in found["results"].items():
         for name, value in values.items():
             metric = name.removesuffix(",none")
-            if isinstance(value, int | float) and "stderr" not in name:
+            if isinstance(value, int | float) and "stderr" not in name and metric != "sample_len":
                 rows.append({"task": task, "metric": metric, "model": "merged", "value": float(value)})
     return rows

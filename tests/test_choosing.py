@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import mats_hub
 from mats_hub.candidates import Candidate, merge_candidates
-from mats_hub.choosing import compare, default_grid, evaluate_tasks, tune
+from mats_hub.choosing import compare, default_grid, evaluate_tasks, harness, tune
 from mats_hub.cli import main
 from mats_hub.errors import RecipeError, StatisticsError
 from mats_hub.methods import METHODS
@@ -246,3 +246,29 @@ def test_rows_for_the_card_name_data_sets_on_the_hub(local, tasks):
         ("alpha", "merged"), ("alpha", "expert"), ("beta", "merged"), ("gamma", "merged")
     ]  # fmt: skip
     assert all("dataset" not in row for row in rows)
+
+
+LM_TASK = """
+task: copying
+dataset_path: json
+dataset_kwargs: {data_files: {test: TEST}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{target}}"
+metric_list: [{metric: acc}, {metric: perplexity}]
+"""
+
+
+def test_a_language_model_is_scored_by_the_harness(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs pip install 'mats-hub[lm-eval]'")
+    models.save(models.tiny_gpt2(), tmp_path / "model", "gpt2")
+    (tmp_path / "test.jsonl").write_text('{"text": "a b c", "target": " d"}\n' * 4)
+    (tmp_path / "task.yaml").write_text(LM_TASK.replace("TEST", str(tmp_path / "test.jsonl")))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = harness(tmp_path / "model", [str(tmp_path / "task.yaml")], "cpu")
+    assert {(row["task"], row["metric"], row["model"]) for row in rows} == {
+        ("copying", "acc", "merged"),
+        ("copying", "perplexity", "merged"),
+    }
+    assert all(row["value"] >= 0 for row in rows)
