@@ -8,22 +8,25 @@ import platform
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mats_hub import __version__
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
-from mats_hub.errors import RecipeError, SourceError
+from mats_hub.errors import RecipeError, ResourceError, SourceError
 from mats_hub.expert import Expert
 from mats_hub.journal import Journal, digest_of
 from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, fold, load
 from mats_hub.output import check_output, resumable, staged
-from mats_hub.plan import Plan
+from mats_hub.plan import Plan, human_bytes
 from mats_hub.planning import make_plan
 from mats_hub.processes import agreed, is_first, join, local_device, wait
 from mats_hub.progress import Progress
@@ -195,15 +198,31 @@ def merge(
     base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
     run = partial(_write_all, plan, device=place, progress=progress, watch=watch, on_file=on_file)
     if target is not None:
-        with resumable(target) as stage:
+        with resumable(target) as stage, memory_named(plan):
             report = run(stage)
         return MergedModel(target, report, base=base)
     folder = Path(agreed(tempfile.mkdtemp(prefix="mats_hub-") if is_first() else ""))
     try:
-        return MergedModel(folder, run(folder), temporary=is_first(), base=base)
+        with memory_named(plan):
+            report = run(folder)
+        return MergedModel(folder, report, temporary=is_first(), base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def memory_named(plan: Plan) -> Iterator[None]:
+    """Turn what torch and Python say when memory runs out into a `ResourceError` with its way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ResourceError(
+            f"memory ran out while merging; about {human_bytes(plan.peak_memory_bytes)} are needed. Stop what else takes memory, "
+            "merge on another device (--device cpu), or take statistics with fewer entries (mats-hub statistics --rank)"
+        ) from error
 
 
 def as_recipe(experts: Recipe | Sequence[str | Mapping[str, Any]] | str | Path, **options: Any) -> Recipe:

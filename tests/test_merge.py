@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 import mats_hub
 from mats_hub.errors import MatsError, NumericalError, OutputError, PlanError, RecipeError, SourceError
@@ -546,3 +546,35 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(family, tmp_path, monk
         assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import mats_hub
+base, experts, output = sys.argv[1], sys.argv[2:4], sys.argv[4]
+mats_hub.merge(experts, base=base, method="average")  # all that is imported is there then
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 40_000_000,) * 2)
+try:
+    mats_hub.merge(experts, base=base, method="breadcrumbs", output=output)
+except mats_hub.MatsError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_memory_that_runs_out_is_an_error_and_leaves_nothing(tmp_path):
+    config = BertConfig(
+        vocab_size=200_000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    base = BertModel(config)
+    models.save(base, tmp_path / "base", "bert")
+    for seed in (1, 2):
+        models.save(models.perturbed(base, seed), tmp_path / f"expert{seed}", "bert")
+    folders = [str(tmp_path / name) for name in ("base", "expert1", "expert2", "out")]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LITTLE_MEMORY, *folders],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith("ResourceError memory ran out while merging; about")
+    assert not (tmp_path / "out").exists()
