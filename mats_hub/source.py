@@ -249,14 +249,17 @@ class Source:
         held = ", ".join(sorted(self.sizes)[:10]) or "nothing"
         raise CheckpointError(f"{self.spec!r} has no {filename}; it holds: {held}")
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Sha256 over the weight files' names and sha256: the same for a folder and for its upload to the Hub."""
-        whole = hashlib.sha256()
-        for filename in self.weight_files:
-            digest = self.digests.get(filename) or file_sha256(self.path(filename))
-            whole.update(f"{filename}\0{digest}\n".encode())
-        return whole.hexdigest()
+        # Kept, but not by `cached_property`, whose lock before Python 3.12 is one for all sources: they are hashed at once.
+        if "_fingerprint" not in self.__dict__:
+            whole = hashlib.sha256()
+            for filename in self.weight_files:
+                digest = self.digests.get(filename) or file_sha256(self.path(filename))
+                whole.update(f"{filename}\0{digest}\n".encode())
+            self.__dict__["_fingerprint"] = whole.hexdigest()
+        return str(self.__dict__["_fingerprint"])
 
     @cached_property
     def front_matter(self) -> dict[str, Any]:
