@@ -16,12 +16,14 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 
 CSS = """
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
+.prose table { display: block; overflow-x: auto } .prose :is(th, td) { overflow-wrap: normal; word-break: normal }
 .katex-display { overflow-x: auto; overflow-y: hidden }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--border-color-primary) }
 .problems { border-left: 4px solid #c92a2a; padding: .4rem .8rem; margin: .5rem 0 } progress { width: 100%; height: 1rem }
 #figures img { background: white }
 #figures .grid-wrap { max-height: none; height: auto; overflow: visible }
 #figures .thumbnail-item { aspect-ratio: 3 / 2 }
+#figures .thumbnail-item img { padding: 2.2rem .2rem }
 #figures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 #tried img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 """
@@ -163,7 +165,12 @@ def result_step() -> SimpleNamespace:
     """Build the fifth step: what came out."""
     gallery = gr.Gallery(label="Figures", columns=2, object_fit="contain", height=None, elem_id="figures")
     results = gr.Dataframe(label="Results", interactive=False)
-    layers = gr.Dataframe(label="The least converged weights", interactive=False, wrap=True)
+    layers = gr.Dataframe(
+        label="The least converged weights",
+        interactive=False,
+        wrap=True,
+        column_widths=["400px", "80px", "150px", "310px"],
+    )
     gr.Markdown("### Try it")
     with gr.Row():
         text = gr.Textbox(label="A text", max_length=2000)

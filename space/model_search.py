@@ -34,7 +34,7 @@ CSS = """
   background: var(--input-background-fill); color: var(--body-text-color) }
 .finder ul { list-style: none; margin: .2rem 0 0; padding: 0; border: 1px solid var(--border-color-primary);
   border-radius: 8px; background: var(--background-fill-primary); max-height: 18rem; overflow-y: auto }
-.finder li { padding: .5rem .8rem; cursor: pointer; display: flex; justify-content: space-between; gap: 1rem;
+.finder li { padding: .5rem .8rem; cursor: pointer; display: flex; justify-content: space-between; gap: 0 1rem; flex-wrap: wrap;
   overflow-wrap: anywhere }
 .finder li small { opacity: .75; white-space: nowrap }
 .finder li[aria-selected=true], .finder li:hover { background: var(--color-accent-soft) }
