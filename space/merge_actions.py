@@ -212,12 +212,17 @@ def recipe_of(experts: list[str], base: str, preset: str, names: list[str], valu
 def kept_or_written(text: str, experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> str:
     """Return the recipe that is there while it is of these experts and base, so that nobody's edits are lost; else a new one."""
     try:
-        recipe = Recipe.from_yaml(text)
+        recipe = Recipe.from_yaml(text or "")
         if [entry.model for entry in recipe.experts] == experts and (recipe.base or "") == base.strip():
             return text
     except MatsError:
         pass
     return recipe_of(experts, base, preset, names, values)
+
+
+def there_or_written(text: str, *form: Any) -> str:
+    """Return the recipe that is there, whatever it is; a new one where none was written yet."""
+    return text if (text or "").strip() else recipe_of(*form)
 
 
 def explained(preset: str) -> str:
@@ -237,22 +242,22 @@ def opened_run(job: str, request: gr.Request) -> tuple[str, Any]:
     return name, gr.Timer(active=JOBS.get(name) is not None)
 
 
-def opened(request: gr.Request) -> tuple[str, list[str], Any, str]:
-    """Read the recipe of a shared link."""
+def opened(request: gr.Request) -> tuple[Any, Any, Any, Any]:
+    """Read the recipe of a shared link; without one, leave alone what a visitor may have begun already."""
     packed = request.query_params.get("recipe", "")
+    nothing = gr.skip(), gr.skip(), gr.skip(), gr.skip()
     if not packed or len(packed) > 20_000:
-        return "", [], gr.update(), ""
+        return nothing
     try:
-        text = base64.urlsafe_b64decode(packed.encode()).decode()
+        return from_yaml(base64.urlsafe_b64decode(packed.encode()).decode())
     except ValueError:
-        return "", [], gr.update(), ""
-    return from_yaml(text)
+        return nothing
 
 
 def from_yaml(text: str) -> tuple[str, list[str], Any, str]:
     """Take the experts and the base of a recipe into the form."""
     try:
-        recipe = Recipe.from_yaml(text)
+        recipe = Recipe.from_yaml(text or "")
     except MatsError as error:
         raise gr.Error(str(error)) from None
     experts = [entry.model for entry in recipe.experts]
@@ -265,7 +270,7 @@ def from_yaml(text: str) -> tuple[str, list[str], Any, str]:
 def plan_of(text: str, token: gr.OAuthToken | None) -> tuple[str, str, Any]:
     """Return what a merge would do, what stands in the way, and whether it can be begun."""
     try:
-        plan = mats_hub.make_plan(check_ids(Recipe.from_yaml(text), EXAMPLE_EXPERTS), token_of(token))
+        plan = mats_hub.make_plan(check_ids(Recipe.from_yaml(text or ""), EXAMPLE_EXPERTS), token_of(token))
     except (MatsError, ValueError) as error:
         return "", problem_list([str(error)]), gr.update(interactive=False)
     problems, lacking = [str(problem) for problem in plan.problems], []
@@ -305,7 +310,7 @@ def elsewhere(token: gr.OAuthToken | None) -> str:
 def start(text: str, runs: list[str], token: gr.OAuthToken | None) -> tuple[str, list[str], Any, Any]:
     """Begin a merge in the background."""
     try:
-        recipe = check_ids(Recipe.from_yaml(text), EXAMPLE_EXPERTS)
+        recipe = check_ids(Recipe.from_yaml(text or ""), EXAMPLE_EXPERTS)
         is_example = all(entry.model.startswith(EXAMPLE) for entry in Recipe.from_yaml(text).experts)
         job = JOBS.start(recipe, token_of(token), is_example=is_example)
     except (MatsError, ValueError, RuntimeError) as error:

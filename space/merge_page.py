@@ -258,6 +258,12 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
         ),
         "inputs": [how.yaml_text, *form],
     }
+    there = {
+        **keep,
+        "fn": lambda text, experts, base, preset, *values: do.there_or_written(
+            text, experts, base, preset, how.names, list(values)
+        ),
+    }
     first.found.submit(do.add, [first.found, experts], chosen, **HIDDEN).then(**changed)
     first.drop.click(do.remove, [first.marked, experts], chosen, **HIDDEN).then(**changed)
     first.base.blur(**changed)
@@ -269,7 +275,8 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
     how.write.click(**write)
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)
     how.apply.click(do.from_yaml, how.yaml_text, taken, **HIDDEN).then(**changed)
-    how.to_plan.click(**go_to(2)).then(do.plan_of, how.yaml_text, [plan.plan_text, plan.problems, plan.go], **HIDDEN)
+    planned = [plan.plan_text, plan.problems, plan.go]
+    how.to_plan.click(**go_to(2)).then(**there).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
     plan.go.click(do.start, [how.yaml_text, runs], [job, runs, walk, timer], **HIDDEN)
     seen = [run.shown, run.plot, timer, run.stop, run.to_result, walk]
     seen += [result.gallery, result.results, result.layers, last.card]

@@ -546,6 +546,12 @@ def test_the_front_matter_asks_for_the_least():
     assert len(matter["short_description"]) <= 60
 
 
+def test_a_page_that_opens_late_takes_nothing_away(page_module):
+    for query in ({}, {"recipe": "%%%"}, {"recipe": "x" * 30_000}):
+        given = page_module.do.opened(SimpleNamespace(query_params=query))
+        assert list(given) == [gradio.skip()] * 4
+
+
 def test_every_option_of_the_schema_is_on_the_page(page_module):
     from mats_hub.recipe import OPTION_OWNERS
 
