@@ -22,16 +22,8 @@ from mats_hub.suite import Suite
 METHODS = {
     "average": ({"method": "average"}, {}),
     "task arithmetic": ({"method": "task_arithmetic"}, {"scale": [0.6, 0.8, 1.0]}),
-    "MaTS, K-FAC": (
-        {
-            "method": "mats",
-            "curvature": "kfac",
-            "normalization": "trace",
-            "preconditioner": "kronecker",
-            "iterations": 30,
-        },
-        {"damping": [0.1, 0.01]},
-    ),
+    "TIES": ({"method": "ties"}, {"density": [0.2, 0.5], "scale": [0.8, 1.0]}),
+    "MaTS, Gram": ({"method": "mats", "curvature": "gram"}, {"iterations": [10, 100]}),
 }
 WEIGHTS = (0.1, 0.3)
 """Of the other expert, where the target's is 1."""
@@ -58,6 +50,7 @@ def main() -> None:
     for target in arguments.targets or names:
         alone = expert_alone(arguments.experts / target, base, suite, target)
         for other in (name for name in names if name != target):
+            pair = Suite.from_mapping({name: entries[name] for name in (target, other)})
             best, setting, score = None, "the target alone", alone["validation"]
             for title, (options, grid) in METHODS.items():
                 for weight in WEIGHTS:
@@ -69,8 +62,8 @@ def main() -> None:
                         }
                         for name, share in ((target, 1.0), (other, weight))
                     ]
-                    recipe = mats_hub.Recipe.build(experts, base=base, format="full", **options)
-                    choice = mats_hub.tune(recipe, suite, grid=grid or {"seed": [0]}, only=[target])
+                    recipe = mats_hub.Recipe.build(experts, base=base, **options)
+                    choice = mats_hub.tune(recipe, pair, grid=grid or {"seed": [0]}, only=[target])
                     found = choice.best.scores[target]
                     if found > score:
                         best, score = choice.best, found
