@@ -16,13 +16,13 @@ from mats_hub.errors import MatsError, NumericalError
 from mats_hub.initialization import Context
 from mats_hub.matching import curvatures_at, merge_deltas
 from mats_hub.merged_model import merge, write_surroundings
-from mats_hub.merging import thresholds
 from mats_hub.plan import Action, Entry, Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent
 from mats_hub.reading import check_cast, check_finite, deltas_at
 from mats_hub.recipe import Recipe
 from mats_hub.source import Source
+from mats_hub.thresholds import thresholds
 
 DISK_SHARE = 0.5
 """Of what is free, that candidates may take at a time."""

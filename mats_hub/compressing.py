@@ -22,7 +22,6 @@ from mats_hub.initialization.consensus import multi_task_vector, task_mask
 from mats_hub.loading import TASKS_FOLDER, load
 from mats_hub.localize import Packer
 from mats_hub.merged_model import MergedModel, as_recipe, make_report, write_surroundings
-from mats_hub.merging import thresholds
 from mats_hub.output import check_output, staged
 from mats_hub.plan import Action, Plan
 from mats_hub.planning import make_plan
@@ -33,6 +32,7 @@ from mats_hub.report import TensorRecord
 from mats_hub.scoring import LOWER_IS_BETTER
 from mats_hub.source import file_sha256, open_source
 from mats_hub.suite import VALIDATION, Suite
+from mats_hub.thresholds import thresholds
 
 MASK_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6)
 """The paper's grid of λ, of which one is chosen per task on validation data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from mats_hub.checkpoint import CheckpointWriter, parse_size
-from mats_hub.initialization import Context, MagnitudeRank
+from mats_hub.initialization import Context
 from mats_hub.journal import Journal
 from mats_hub.matching import Match, finish, initialization, norm, prepare
 from mats_hub.plan import Action, Entry, Plan
-from mats_hub.processes import gathered, is_first, share, summed, wait
+from mats_hub.processes import gathered, is_first, share, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.reading import Span, check_cast, check_finite, deltas_at, in_parts, over_spans
 from mats_hub.report import TensorRecord, Watch
+from mats_hub.thresholds import thresholds
 
 SOLVED_TOGETHER = 2**23
 """Entries of the tensors of one shape that an accelerator solves at once: small ones do not keep it busy one by one."""
@@ -186,31 +187,3 @@ def make_context(plan: Plan, device: torch.device, show: Progress, journal: Jour
             journal.note("thresholds", thresholds(plan, [density], device, show)[density])
         return replace(context, thresholds=tuple(journal.notes["thresholds"]))
     return context
-
-
-def thresholds(
-    plan: Plan, densities: Sequence[float], device: torch.device, show: Progress
-) -> dict[float, tuple[float, ...]]:
-    """Return density → each expert's global trimming threshold, from two passes over the task vectors."""
-    ranks = {density: [MagnitudeRank(density) for _ in plan.experts] for density in densities}
-    every = [rank for held in ranks.values() for rank in held]
-    entries = share(plan.merged_entries, lambda entry: entry.header.numel)
-
-    def counted(span: Span) -> Tensor:
-        _, deltas = span.read(plan, device)
-        counts = [rank.counted(delta) for held in ranks.values() for rank, delta in zip(held, deltas, strict=True)]
-        return torch.stack(counts)
-
-    for number in (1, 2):
-        reading = over_spans(plan, entries, device, counted)
-        for entry, counts in show(reading, len(entries), f"magnitudes, pass {number} of 2"):
-            # What an adapter does not touch is no part of its task vector.
-            holding = [expert.holds(entry.key) for expert in plan.experts] * len(ranks)
-            for rank, holds, count in zip(every, holding, counts, strict=True):
-                rank.counts += holds * count
-        plan.finish_reading()
-        for rank in every:
-            rank.counts = summed(rank.counts)
-            if number == 1:
-                rank.narrow()
-    return {density: tuple(rank.value() for rank in held) for density, held in ranks.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mats_hub
 from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Kronecker
-from mats_hub.initialization import INITIALIZATIONS, Context, MagnitudeRank
+from mats_hub.initialization import INITIALIZATIONS, Context
 from mats_hub.initialization.consensus import multi_task_vector, task_mask
 from mats_hub.initialization.dare import rescaled
 from mats_hub.initialization.ties import elect
@@ -21,6 +21,7 @@ from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.solver import conjugate_gradient, exact
 from mats_hub.statistics import Provenance, Statistics, Sums
 from mats_hub.statistics.file import conditioned_gram
+from mats_hub.thresholds import MagnitudeRank
 
 GOLDEN = Path(__file__).parent / "golden"
 INPUTS = load_file(GOLDEN / "inputs.safetensors")
@@ -174,12 +175,11 @@ def ties_of(vectors: Tensor, density: float, scale: float = 1.0) -> Tensor:
 def threshold(vector: Tensor, density: float) -> float:
     """Return the global trimming threshold as a merge finds it, part by part."""
     rank = MagnitudeRank(density)
-    for last in (False, True):
+    while rank.value is None:
         for part in vector.split(7):
             rank.add(part)
-        if not last:
-            rank.narrow()
-    return rank.value()
+        rank.narrow()
+    return rank.value
 
 
 @pytest.mark.parametrize("percent", [20, 50])

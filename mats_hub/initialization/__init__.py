@@ -21,7 +21,7 @@ from mats_hub.initialization.model_stock import model_stock
 from mats_hub.initialization.slerp import slerp
 from mats_hub.initialization.spectral import iso_c, iso_cts, tsvm
 from mats_hub.initialization.task_arithmetic import task_arithmetic
-from mats_hub.initialization.ties import MagnitudeRank, ties
+from mats_hub.initialization.ties import ties
 
 INITIALIZATIONS: dict[str, Callable[..., Tensor]] = {
     "average": average,
@@ -40,4 +40,4 @@ INITIALIZATIONS: dict[str, Callable[..., Tensor]] = {
     "consensus": consensus,
 }
 
-__all__ = ["INITIALIZATIONS", "Context", "MagnitudeRank"]
+__all__ = ["INITIALIZATIONS", "Context"]

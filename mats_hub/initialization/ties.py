@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -77,63 +76,3 @@ def _threshold(delta: Tensor, density: float) -> float:
     if delta.numel() == 0:
         return 0.0
     return float(delta.abs().flatten().float().kthvalue(kept_rank(delta.numel(), density)).values)
-
-
-class MagnitudeRank:
-    """The k-th smallest magnitude of a vector too large to hold, exact, in two streaming passes.
-
-    The bits of a non-negative float32 grow with its value, so the magnitude's upper 16 bits are counted in a first pass
-    and, inside the one bin that holds the k-th, the lower 15 bits in a second. Memory: 64 Ki counters.
-
-    Use: `add` every part; `narrow`; `add` every part again; `value`. The `counts` of several ranks, each with parts of its own,
-    may be summed before `narrow` and before `value`.
-    """
-
-    LOW_BITS = 15
-
-    def __init__(self, density: float) -> None:
-        self._density = density
-        self.counts = torch.zeros(1 << 16, dtype=torch.int64)
-        self._bin: int | None = None
-        self._rank = 0
-
-    def add(self, part: Tensor) -> None:
-        """Count the magnitudes of a part, of any shape."""
-        self.counts += self.counted(part)
-
-    def counted(self, part: Tensor) -> Tensor:
-        """Return the counts of a part, which `add` adds up."""
-        bits = part.detach().to(torch.float32).abs().flatten().view(torch.int32)
-        if self._bin is None:
-            return torch.bincount(bits >> self.LOW_BITS, minlength=1 << 16).cpu()
-        inside = (bits >> self.LOW_BITS) == self._bin
-        if bits.numel() % 8 == 0:  # few are: eight at a time are looked at first, as one integer
-            bits = bits.view(-1, 8)[inside.view(torch.int64).nonzero().squeeze(1)]
-            inside = (bits >> self.LOW_BITS) == self._bin
-        low = bits[inside] & ((1 << self.LOW_BITS) - 1)
-        return torch.bincount(low, minlength=1 << self.LOW_BITS).cpu()
-
-    def narrow(self) -> None:
-        """End the first pass: find the bin that holds the wanted rank."""
-        count = int(self.counts.sum())
-        self._bin, self._rank = self._locate(kept_rank(count, self._density) if count else 0)
-        self.counts = torch.zeros(1 << self.LOW_BITS, dtype=torch.int64)
-
-    def value(self) -> float:
-        """End the second pass: the magnitude of the wanted rank (0 for an empty vector)."""
-        if self._bin is None:
-            raise RuntimeError("MagnitudeRank.value before narrow()")
-        if self._rank == 0:
-            return 0.0
-        low, _ = self._locate(self._rank)
-        bits = torch.tensor([(self._bin << self.LOW_BITS) | low], dtype=torch.int32)
-        value = float(bits.view(torch.float32))
-        return value if math.isfinite(value) else math.inf
-
-    def _locate(self, rank: int) -> tuple[int, int]:
-        """Return the bin that holds the 1-based rank, and the rank inside it."""
-        if rank == 0:
-            return 0, 0
-        cumulative = self.counts.cumsum(0)
-        position = int(torch.searchsorted(cumulative, rank))
-        return position, rank - (int(cumulative[position - 1]) if position else 0)
