@@ -9,7 +9,7 @@ A merge, from floor to floor:
     initialization                         where the solve starts: average, task arithmetic, TIES, DARE
     solver                                 conjugate gradient for k steps, or a closed form
     recipe, plan                           what is asked for, and what will happen to every tensor
-    reading, matching, merging             task vectors in parts or whole, one tensor's system, the streaming loop
+    reading, thresholds, matching, merging task vectors in parts or whole, one tensor's system, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
     compressing, bundle                    experts as masks of one multi-task vector, and back

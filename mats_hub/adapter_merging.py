@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mats_hub.matching import Merged, merge_deltas
 from mats_hub.merging import make_context
 from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan
 from mats_hub.progress import Progress, silent
-from mats_hub.reading import check_cast, check_finite, compute_dtype, deltas_at
+from mats_hub.reading import check_cast, check_finite, compute_dtype, deltas_at, over_tensors
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.solver import nearest_kronecker
 from mats_hub.source import DTYPE_BYTES, TensorHeader
@@ -64,21 +65,18 @@ def merge_adapters(
     show = progress or silent
     context = make_context(plan, device, show, journal or Journal(folder))
     parts = _parts(plan)
-    owner = {name: part for part in parts for name in part.headers}
     records = {entry.key: TensorRecord(entry.key, entry.action, entry.reason) for entry in plan.entries}
-    ready: dict[str, Tensor] = {}
     layout = {name: header for part in parts for name, header in part.headers.items()}
     with CheckpointWriter(folder, layout, math.inf, metadata, ADAPTER_STEM) as writer:
-        for name in show(writer.order, len(writer.order), f"merging ({plan.recipe.method})"):
-            if name not in ready:
-                part = owner[name]
-                tensors, records[part.entry.key] = _merge_part(plan, part, context, device)
-                ready |= zip(part.headers, tensors, strict=True)
-                if watch:
-                    watch(records[part.entry.key])
-            tensor = check_finite(ready.pop(name), "the merged adapter", name)
-            check_cast(tensor, layout[name].dtype, name)
-            writer.write(name, tensor)
+        merge = partial(_merge_part, plan, context=context, device=device)
+        merging = over_tensors(plan, parts, lambda part: plan.working_bytes(part.entry), device, merge)
+        for tensors, record in show(merging, len(parts), f"merging ({plan.recipe.method})"):
+            records[record.key] = record
+            if watch:
+                watch(record)
+            for name, tensor in tensors.items():
+                check_cast(check_finite(tensor, "the merged adapter", name), layout[name].dtype, name)
+                writer.write(name, tensor)
     _write_config(plan, folder, parts)
     return list(records.values())
 
@@ -182,14 +180,14 @@ def _stored_shapes(factors: Factors, rank: int) -> tuple[tuple[int, ...], tuple[
 
 def _merge_part(
     plan: Plan, part: _Part, context: Context, device: torch.device
-) -> tuple[tuple[Tensor, ...], TensorRecord]:
-    """Return the tensors of one part, in the order and the shapes of its headers, and its record."""
+) -> tuple[dict[str, Tensor], TensorRecord]:
+    """Return the tensors of one part, by their names, and its record."""
     entry = part.entry
     if part.factors is None:
         origin, deltas = deltas_at(plan, entry, device)
         merged = merge_deltas(plan, entry, deltas, context, stored=True)
         origin = origin + 1 if _is_vector(part.own) else origin
-        return (origin + merged.value,), merged.record
+        return {next(iter(part.headers)): origin + merged.value}, merged.record
     # A bare parameter's factors may stand the other way round than those of the module it belongs to.
     turned = entry.transposed if _solves_matrices(plan, entry) else part.factors.transposed
     left, right, merged = _merge_factors(plan, entry, turned, context, device)
@@ -199,7 +197,7 @@ def _merge_part(
     B, A = (B, A) if turned == part.factors.transposed else (A.mT, B.mT)
     if part.factors.form == "stacked":
         A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-    stored = tuple(t.reshape(h.shape) for t, h in zip((B, A), part.headers.values(), strict=True))
+    stored = {name: t.reshape(h.shape) for t, (name, h) in zip((B, A), part.headers.items(), strict=True)}
     return stored, replace(merged.record, rank=part.rank, **errors)
 
 

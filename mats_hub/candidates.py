@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from mats_hub.merged_model import merge, write_surroundings
 from mats_hub.plan import Action, Entry, Plan
 from mats_hub.planning import make_plan
 from mats_hub.progress import Progress, silent
-from mats_hub.reading import check_cast, check_finite, deltas_at
+from mats_hub.reading import check_cast, check_finite, deltas_at, over_tensors
 from mats_hub.recipe import Recipe
 from mats_hub.source import Source
 from mats_hub.thresholds import thresholds
@@ -149,24 +150,31 @@ def _merge_batch(batch: Sequence[Candidate], folder: Path, device: torch.device,
         writings.append(_Writing(candidate, plan, {entry.key: entry for entry in plan.entries}, context, writer))
     order = list(plans[0].written)
     try:
-        for key in show(order, len(order), f"merging {len(batch)} candidates"):
-            _merge_key(key, [w for w in writings if not w.candidate.problem], device)
+        merge = partial(_merge_key, writings=writings, device=device)
+        sizes = {key: max(w.plan.working_bytes(w.entries[key]) for w in writings) for key in order}
+        merging = over_tensors(plans[0], order, sizes.__getitem__, device, merge)
+        for _ in show(merging, len(order), f"merging {len(batch)} candidates"):
+            pass
         for writing in writings:
-            if not writing.candidate.problem:
-                assert writing.candidate.folder
-                writing.writer.finish()
-                write_surroundings(writing.plan, writing.candidate.folder)
+            made = writing.candidate.folder
+            assert made
+            if writing.candidate.problem:
+                writing.candidate.folder = None
+                shutil.rmtree(made)
+                continue
+            writing.writer.finish()
+            write_surroundings(writing.plan, made)
     finally:
         for writing in writings:
             writing.writer.close()
 
 
-def _merge_key(key: str, writings: list[_Writing], device: torch.device) -> None:
-    """Read one tensor of every model, and merge it as each candidate says."""
+def _merge_key(key: str, writings: Sequence[_Writing], device: torch.device) -> None:
+    """Read one tensor of every model, and merge it as each candidate says that has no problem."""
     read: tuple[Tensor, list[Tensor]] | None = None
     copied: Tensor | None = None
     curvatures: dict[str, list[Curvature]] = {}
-    for family in _families(writings):
+    for family in _families([writing for writing in writings if not writing.candidate.problem]):
         first = max(family, key=lambda w: w.plan.recipe.solver.iterations if w.plan.recipe.solver else 0)
         entry = first.entries[key]
         if entry.action not in (Action.SOLVE, Action.INITIALIZE):
@@ -193,8 +201,6 @@ def _merge_key(key: str, writings: list[_Writing], device: torch.device) -> None
         except NumericalError as error:
             for writing in family:
                 writing.candidate.problem = str(error)
-                shutil.rmtree(writing.candidate.folder or "", ignore_errors=True)
-                writing.candidate.folder = None
 
 
 def _write(family: list[_Writing], key: str, values: Mapping[int, Tensor]) -> None:

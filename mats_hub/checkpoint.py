@@ -249,8 +249,10 @@ class CheckpointWriter:
         if file is None or name not in self._missing[file] or tuple(tensor.shape) != self._layout[name].shape:
             raise RuntimeError(f"tensor {name!r} {tuple(tensor.shape)} is not of the layout, or was written before")
         self.put(name, tensor)
-        self._missing[file].discard(name)
-        if not self._missing[file]:
+        with self._lock:
+            self._missing[file].discard(name)
+            complete = not self._missing[file]
+        if complete:
             self.complete(file)
 
     def put(self, name: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ from mats_hub.matching import Match, finish, initialization, norm, prepare
 from mats_hub.plan import Action, Entry, Plan
 from mats_hub.processes import gathered, is_first, share, wait
 from mats_hub.progress import Progress, silent
-from mats_hub.reading import Span, check_cast, check_finite, deltas_at, in_parts, over_spans
+from mats_hub.reading import Span, check_cast, check_finite, deltas_at, in_parts, over_spans, over_tensors
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.thresholds import thresholds
 
@@ -118,7 +118,7 @@ def _merge_groups(
 ) -> Iterator[list[TensorRecord]]:
     """Merge and write all tensors of some groups; yield what is to be said of each group, in any order.
 
-    What is merged entry by entry is done in small parts, several at a time; what needs whole tensors one after the other.
+    What is merged entry by entry is done in small parts, several at a time; of what needs whole tensors, small ones are.
     """
     apart = [
         entry
@@ -130,9 +130,9 @@ def _merge_groups(
     for entry, squares in over_spans(plan, apart, device, merge):
         yield [_of_spans(entry, squares)]
     done = {entry.key for entry in apart}
-    for group in groups:
-        if group[0].key not in done:
-            yield _merge_group(plan, group, context, device, writer)
+    whole = [group for group in groups if group[0].key not in done]
+    merge_whole = partial(_merge_group, plan, context=context, device=device, writer=writer)
+    yield from over_tensors(plan, whole, lambda group: sum(map(plan.working_bytes, group)), device, merge_whole)
 
 
 def _merge_group(

@@ -35,6 +35,9 @@ MATRIX_KINDS = ("gram", "kfac", "task_vector")
 PART_ENTRIES = 2**19
 """How many entries are merged at a time where that is done entry by entry: what fits a processor's cache."""
 
+SMALL_BYTES = 2**27
+"""A tensor whose merge takes less memory is merged beside others, on a thread of its own."""
+
 INTERPRETER_BYTES = 450 * 10**6
 """What Python, torch and transformers take before a weight is read."""
 
@@ -196,7 +199,8 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """An upper estimate of the memory the merge needs: the interpreter, and the costliest tensor with its statistics."""
-        working = max((self._working_bytes(entry) for entry in self.entries), default=0)
+        held = [self.working_bytes(entry) for entry in self.entries]
+        working = max((size * (workers(torch.device("cpu")) if size <= SMALL_BYTES else 1) for size in held), default=0)
         if self.base and any(isinstance(expert.adapter, FoldedAdapter) for expert in self.experts):
             working = max(
                 working, 6 * sum(header.numel for header in self.base.headers.values())
@@ -264,7 +268,8 @@ class Plan:
         within = self.recipe.solver is not None and self.recipe.solver.subspace == "factors"
         return kind in (None, "gram", "task_vector") or (kind == "kfac" and within)
 
-    def _working_bytes(self, entry: Entry) -> int:
+    def working_bytes(self, entry: Entry) -> int:
+        """Return about how much memory the merge of a tensor takes: its task vectors, statistics, result, and what solves."""
         n, count, width = entry.header.numel, len(self.experts), 8 if self.is_double else 4
         if entry.action not in (Action.SOLVE, Action.INITIALIZE):
             return 2 * entry.header.nbytes if self.recipe.output.format == "full" else 0

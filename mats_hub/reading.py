@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mats_hub.adapter import FoldedAdapter
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint
 from mats_hub.errors import NumericalError
-from mats_hub.plan import PART_ENTRIES, Entry, Plan
+from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
 from mats_hub.threads import in_threads, keep_freed_memory, workers
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
@@ -115,6 +120,25 @@ def over_spans(
         for _, value in pairs:
             total += value
         yield entry, total
+
+
+def over_tensors(
+    plan: Plan,
+    items: Sequence[Item],
+    size: Callable[[Item], int],
+    device: torch.device,
+    do: Callable[[Item], Result],
+) -> Iterator[Result]:
+    """Yield what `do` returns of each item, in any order: of those of a small `size` several at a time, then of the others.
+
+    `size` is about how many bytes of memory an item takes. What PEFT folds, it folds in one model; and what is read by range is
+    read in order.
+    """
+    keep_freed_memory()
+    alone = plan.streamed or any(isinstance(expert.adapter, FoldedAdapter) for expert in plan.experts)
+    small = [not alone and size(item) <= SMALL_BYTES for item in items]
+    for wanted, count in ((True, workers(device)), (False, 1)):
+        yield from in_threads(do, (item for item, fits in zip(items, small, strict=True) if fits is wanted), count)
 
 
 def _readers(plan: Plan, entry: Entry) -> tuple[tuple[str, Checkpoint, str], ...]:

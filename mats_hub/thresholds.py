@@ -153,4 +153,4 @@ def _within(bits: Tensor, start: int, count: int) -> tuple[int, Tensor]:
     # NumPy compares, counts and finds several times faster than torch. What is negative is large without a sign.
     array = offsets.numpy()
     inside = np.flatnonzero(array.view(np.uint32) < count)
-    return np.count_nonzero(array < 0), torch.from_numpy(array[inside])
+    return int(np.count_nonzero(array < 0)), torch.from_numpy(array[inside])

@@ -54,6 +54,16 @@ def test_threads_and_parts_change_no_byte(local, two_threads, monkeypatch, metho
     assert merged(local, method, **options).files == several.files
 
 
+@pytest.mark.parametrize(("method", "options"), WHOLE.items(), ids=str)
+def test_small_tensors_merged_beside_each_other_have_the_same_bytes(local, two_threads, method, options):
+    several = merged(local, method, **options)
+    torch.set_num_threads(1)
+    one = merged(local, method, **options)
+    torch.set_num_threads(2)
+    assert one.files == several.files
+    assert one.tensors == several.tensors
+
+
 SCRIPT = """
 import json, sys
 import mats_hub

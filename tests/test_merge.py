@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 import mats_hub
+from mats_hub import thresholds
 from mats_hub.errors import MatsError, NumericalError, OutputError, PlanError, RecipeError, SourceError
 from mats_hub.methods import METHODS
 
@@ -109,6 +110,24 @@ def test_ties_trims_over_the_whole_task_vector(family):
     merged = (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
     result = torch.cat([(written[k] - base[k]).flatten() for k in keys])
     torch.testing.assert_close(result, merged, rtol=1e-4, atol=1e-6)
+
+
+def test_ties_thresholds_take_one_reading_and_more_where_the_guess_from_a_sample_misses(family, monkeypatch):
+    def merged() -> tuple[dict, int]:
+        told: list[str] = []
+
+        def progress(items, total, text):
+            told.append(text)
+            return items
+
+        made = mats_hub.merge(family.experts, base=family.base, method="ties", density=0.3, progress=progress)
+        return made.report.files, sum(text.startswith("magnitudes") for text in told)
+
+    files, passes = merged()
+    assert passes == 1
+    monkeypatch.setattr(thresholds, "SAMPLE", 100)
+    monkeypatch.setattr(thresholds.MagnitudeRank, "WINDOW", 16)
+    assert merged() == (files, 3)
 
 
 def test_regmean_is_the_least_squares_solution(family):

@@ -46,6 +46,7 @@ FLOORS = (
     ("plan",),
     ("coverage", "adapter_planning", "matching"),
     ("base", "vocabulary", "reading"),
+    ("thresholds",),
     ("planning", "merging", "scoring"),
     ("evaluation",),
     ("suite",),
