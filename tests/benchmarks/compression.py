@@ -7,40 +7,24 @@ EXPERTS and TASKS as for experts.py. λ is chosen for each task on its validatio
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import warnings
 from pathlib import Path
 
+from real_tasks import parser, score_alone, tasks_of
+
 import mats_hub
-from mats_hub.expert import Expert
-from mats_hub.loading import load_expert
 from mats_hub.plan import human_bytes
-from mats_hub.source import open_source
 from mats_hub.suite import Suite
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--max-length", type=int, default=48)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    names = [folder.name for folder in sorted(arguments.experts.iterdir())]
-    entries = {
-        name: {**{part: str(arguments.tasks / name / f"{part}.jsonl") for part in ("validation", "test")}}
-        | {"max_length": arguments.max_length}
-        for name in names
-    }
-    suite, base = Suite.from_mapping(entries), str(arguments.base)
+    tasks, base = tasks_of(arguments), str(arguments.base)
+    names, suite = list(tasks), Suite.from_mapping(tasks)
     experts = [str(arguments.experts / name) for name in names]
-    alone = {}
-    for name, folder in zip(names, experts, strict=True):
-        expert = Expert(open_source(folder), name)
-        model = load_expert(expert, open_source(base) if expert.adapter else None)
-        alone[name] = suite.score(name, "test", model, base)
+    alone = {name: score_alone(arguments, suite, name) for name in names}
     print(f"experts alone: {alone}\n")
     print(
         f"| multi-task vector | {' | '.join(f'{name}: λ, test ÷ expert' for name in names)} | mean | bytes | full | as they are |"

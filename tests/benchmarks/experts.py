@@ -26,14 +26,12 @@ from itertools import product
 from pathlib import Path
 
 from adapters import peak, reset_peak
+from real_tasks import score_alone, tasks_of
 
 import mats_hub
 from mats_hub.candidates import Candidate, merge_candidates
 from mats_hub.device import choose_device
-from mats_hub.expert import Expert
 from mats_hub.figures import draw_table
-from mats_hub.loading import load_expert
-from mats_hub.source import open_source
 from mats_hub.suite import Suite
 
 
@@ -156,26 +154,11 @@ class Benchmark:
         self.examples, self.format = arguments.examples, arguments.format
         self.tasks = {folder.name: arguments.tasks / folder.name for folder in sorted(arguments.experts.iterdir())}
         self.experts = {task: arguments.experts / task for task in self.tasks}
-        self.suite = Suite.from_mapping(
-            {
-                task: {
-                    "validation": str(folder / "validation.jsonl"),
-                    "test": str(folder / "test.jsonl"),
-                    "max_length": self.max_length,
-                }
-                for task, folder in self.tasks.items()
-            },
-            Path(),
-        )
+        self.suite = Suite.from_mapping(tasks_of(arguments))
         adapter = next(iter(self.experts.values())) / "adapter_config.json"
         kind = json.loads(adapter.read_text())["peft_type"] if adapter.exists() else "full"
         self.kinds, self.methods = KINDS[kind]
-        self.alone = {task: round(self.score_expert(task), 4) for task in self.tasks}
-
-    def score_expert(self, task: str) -> float:
-        expert = Expert(open_source(self.experts[task]), task)
-        model = load_expert(expert, open_source(self.base) if expert.adapter else None)
-        return self.suite.score(task, "test", model, self.base)
+        self.alone = {task: round(score_alone(arguments, self.suite, task), 4) for task in self.tasks}
 
     def measure(self) -> None:
         for ending, options in self.kinds.items():

@@ -9,14 +9,12 @@ test data. The other expert weighs less than the target's in all of them.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from pathlib import Path
 
+from real_tasks import parser, score_alone, tasks_of
+
 import mats_hub
-from mats_hub.expert import Expert
-from mats_hub.loading import load_expert
-from mats_hub.source import open_source
 from mats_hub.suite import Suite
 
 METHODS = {
@@ -30,27 +28,18 @@ WEIGHTS = (0.1, 0.3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--statistics", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+")
-    parser.add_argument("--max-length", type=int, default=48)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--statistics", type=Path, required=True)
+    options.add_argument("--targets", nargs="+")
+    arguments = options.parse_args()
     warnings.simplefilter("ignore")
-    names, base = sorted(folder.name for folder in arguments.experts.iterdir()), str(arguments.base)
-    entries = {
-        name: {part: str(arguments.tasks / name / f"{part}.jsonl") for part in ("validation", "test")}
-        | {"max_length": arguments.max_length}
-        for name in names
-    }
-    suite = Suite.from_mapping(entries)
+    tasks, base = tasks_of(arguments), str(arguments.base)
+    names, suite = list(tasks), Suite.from_mapping(tasks)
     print("| target | alone | with | chosen | validation, alone | validation | test |\n|---|---|---|---|---|---|---|")
     for target in arguments.targets or names:
-        alone = expert_alone(arguments.experts / target, base, suite, target)
+        alone = {part: score_alone(arguments, suite, target, part) for part in ("validation", "test")}
         for other in (name for name in names if name != target):
-            pair = Suite.from_mapping({name: entries[name] for name in (target, other)})
+            pair = Suite.from_mapping({name: tasks[name] for name in (target, other)})
             best, setting, score = None, "the target alone", alone["validation"]
             for title, (options, grid) in METHODS.items():
                 for weight in WEIGHTS:
@@ -82,13 +71,6 @@ def main() -> None:
                 f"{test:.3f}",
             )
             print(f"| {target} | {' | '.join(cells)} |", flush=True)
-
-
-def expert_alone(folder: Path, base: str, suite: Suite, target: str) -> dict[str, float]:
-    """Return an expert's own score on both parts of its task's data."""
-    expert = Expert(open_source(folder), target)
-    model = load_expert(expert, open_source(base) if expert.adapter else None)
-    return {part: suite.score(target, part, model, base) for part in ("validation", "test")}
 
 
 if __name__ == "__main__":

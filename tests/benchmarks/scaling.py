@@ -9,16 +9,15 @@ merged ÷ expert on test data; time is of the merge alone, relative to the avera
 
 from __future__ import annotations
 
-import argparse
+import math
 import time
 import warnings
 from pathlib import Path
 
+from real_tasks import parser, score_alone, tasks_of
+
 import mats_hub
-from mats_hub.expert import Expert
-from mats_hub.loading import load_expert
 from mats_hub.methods import DEFAULTS
-from mats_hub.source import open_source
 from mats_hub.suite import Suite
 
 METHODS = {
@@ -31,31 +30,15 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--statistics", type=Path, required=True)
-    parser.add_argument("--max-length", type=int, default=48)
-    parser.add_argument("--figure", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--statistics", type=Path, required=True)
+    options.add_argument("--runs", type=int, default=3, help="the least time of so many merges counts")
+    options.add_argument("--figure", type=Path)
+    arguments = options.parse_args()
     warnings.simplefilter("ignore")
-    names, base = [folder.name for folder in sorted(arguments.experts.iterdir())], str(arguments.base)
-    suite = Suite.from_mapping(
-        {
-            name: {
-                "validation": ".jsonl",
-                "test": str(arguments.tasks / name / "test.jsonl"),
-                "max_length": arguments.max_length,
-            }
-            for name in names
-        }
-    )
-    alone = {}
-    for name in names:
-        expert = Expert(open_source(arguments.experts / name), name)
-        model = load_expert(expert, open_source(base) if expert.adapter else None)
-        alone[name] = suite.score(name, "test", model, base)
+    tasks, base = tasks_of(arguments), str(arguments.base)
+    names, suite = list(tasks), Suite.from_mapping(tasks)
+    alone = {name: score_alone(arguments, suite, name) for name in names}
     found: dict[str, list[tuple[int, float, float]]] = {name: [] for name in METHODS}
     unit = None
     print("| experts | " + " | ".join(f"{name}: merged ÷ expert, time" for name in METHODS) + " |")
@@ -67,9 +50,11 @@ def main() -> None:
                 {"model": str(arguments.experts / n), "statistics": str(arguments.statistics / f"{n}.safetensors")}
                 for n in names[:count]
             ]
-            started = time.perf_counter()
-            merged = mats_hub.merge(entries, base=base, device="cpu", **options)
-            seconds = time.perf_counter() - started
+            seconds = math.inf
+            for _ in range(arguments.runs):
+                started = time.perf_counter()
+                merged = mats_hub.merge(entries, base=base, device="cpu", **options)
+                seconds = min(seconds, time.perf_counter() - started)
             unit = unit or seconds
             ratios = [
                 suite.score(n, "test", mats_hub.load(merged.folder, n, base=base, dtype="float32"), base) / alone[n]
