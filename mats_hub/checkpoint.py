@@ -120,8 +120,10 @@ class Checkpoint:
             self._streams[filename] = StreamedFile(self.source, filename)
         return self._streams.get(filename)
 
-    def part(self, name: str, start: int, stop: int) -> Tensor:
+    def part(self, name: str, start: int, stop: int, pinned: bool = False) -> Tensor:
         """Return the entries from `start` up to `stop` (excluded) of one tensor, flat, as it is stored.
+
+        With `pinned`, what is read from a file lies in memory that a CUDA device can copy from by itself.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -134,7 +136,7 @@ class Checkpoint:
         path, width = self.source.path(header.file), DTYPE_BYTES[header.dtype]
         if header.file not in self._offsets:
             self._offsets[header.file] = tensor_offsets(path)
-        content = torch.empty((stop - start) * width, dtype=torch.uint8)
+        content = torch.empty((stop - start) * width, dtype=torch.uint8, pin_memory=pinned)
         with path.open("rb", buffering=0) as file:
             file.seek(self._offsets[header.file][name] + start * width)
             if file.readinto(content.numpy().data) != len(content):
@@ -262,7 +264,8 @@ class CheckpointWriter:
     def put_part(self, name: str, start: int, tensor: Tensor) -> None:
         """Write flat entries of a tensor to their place, from entry `start` on, from any thread; see `put`."""
         file, header = self._places[name], self._layout[name]
-        stored = tensor.detach().to("cpu", TORCH_DTYPES[header.dtype]).contiguous()
+        dtype = TORCH_DTYPES[header.dtype]
+        stored = (tensor.to(dtype) if tensor.is_cuda else tensor).detach().to("cpu", dtype).contiguous()
         with self._lock:
             if file not in self._open:
                 self.begin(file)

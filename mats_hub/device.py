@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from mats_hub.errors import RecipeError
 
@@ -24,6 +25,11 @@ def choose_device(name: str = "auto") -> torch.device:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise RecipeError(f"device {name!r} is not on this machine; it has: {usable}")
     return torch.device(name)
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on a device in a dtype; to CUDA it is copied as it is stored, which is the narrower, and cast there."""
+    return tensor.to(device, non_blocking=True).to(dtype) if device.type == "cuda" else tensor.to(device, dtype)
 
 
 @contextmanager

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint
+from mats_hub.device import moved
 from mats_hub.errors import NumericalError
 from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
 from mats_hub.threads import in_threads, keep_freed_memory, workers
+
+PIPELINE = 3
+"""Spans at a time on a CUDA device: while one is computed with, another is read and copied, and a third is written."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,7 +38,7 @@ def deltas_at(plan: Plan, entry: Entry, device: torch.device) -> tuple[Tensor, l
     key, dtype = entry.key, compute_dtype(plan, device)
     if plan.base is None:
         values = [
-            check_finite(e.whole_tensor(e.names[key]).to(device, dtype), f"expert {e.name!r}", key)
+            check_finite(moved(e.whole_tensor(e.names[key]), device, dtype), f"expert {e.name!r}", key)
             for e in plan.experts
         ]
         origin = torch.stack(values).mean(0) if len(values) > 1 else values[0]
@@ -43,7 +47,7 @@ def deltas_at(plan: Plan, entry: Entry, device: torch.device) -> tuple[Tensor, l
         origin = torch.zeros(entry.header.shape, device=device, dtype=dtype)
     else:
         assert plan.base_weights is not None
-        origin = check_finite(plan.base_weights.tensor(entry.origin).to(device, dtype), "the base", key)
+        origin = check_finite(moved(plan.base_weights.tensor(entry.origin), device, dtype), "the base", key)
     deltas = []
     for expert in plan.experts:
         delta = expert.delta(key, origin)
@@ -80,20 +84,24 @@ class Span:
         if not self.readers:
             origin, deltas = deltas_at(plan, self.entry, device)
             return origin.flatten(), [delta.flatten() for delta in deltas]
-        dtype = compute_dtype(plan, device)
-        parts = [held.part(name, self.start, self.stop).to(device, dtype) for _, held, name in self.readers]
+        parts = self._parts(compute_dtype(plan, device), device)
         origin = parts[-1] if plan.base else torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
         deltas = [part.sub_(origin) if plan.base else part - origin for part in parts[: len(plan.experts)]]
         if not all(is_finite(delta) for delta in deltas):
-            for owner, held, name in self.readers:
-                check_finite(held.part(name, self.start, self.stop).to(device, dtype), owner, self.entry.key)
+            for (owner, *_), part in zip(self.readers, self._parts(origin.dtype, device), strict=True):
+                check_finite(part, owner, self.entry.key)
         return origin, deltas
+
+    def _parts(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        pinned = device.type == "cuda"
+        held = [reader.part(name, self.start, self.stop, pinned) for _, reader, name in self.readers]
+        return [moved(part, device, dtype) for part in held]
 
 
 def spans(plan: Plan, entry: Entry, device: torch.device) -> list[Span]:
     """Return a tensor's entries in spans of a size that does not depend on the number of threads."""
     readers, count = _readers(plan, entry), entry.header.numel
-    size = count if not readers else PART_ENTRIES if device.type == "cpu" else 64 * PART_ENTRIES
+    size = count if not readers else PART_ENTRIES if device.type == "cpu" else 16 * PART_ENTRIES
     starts = range(0, count, max(size, 1)) or (0,)
     return [Span(entry, start, min(start + size, count), readers) for start in starts]
 
@@ -113,7 +121,8 @@ def over_spans(
     keep_freed_memory()
     alone = plan.streamed or any(expert.adapter for expert in plan.experts)
     every = (span for entry in entries for span in spans(plan, entry, device))
-    made = in_threads(lambda span: (span.entry, do(span)), every, 1 if alone else workers(device))
+    several = PIPELINE if device.type == "cuda" else workers(device)
+    made = in_threads(lambda span: (span.entry, do(span)), every, 1 if alone else several)
     for _, held in groupby(made, key=lambda one: one[0].key):
         pairs = iter(held)
         entry, total = next(pairs)
