@@ -197,11 +197,14 @@ def task_names(source: Source) -> list[str]:
 
 
 def concrete_class(name: str, config: dict[str, Any]) -> str:
-    """Return the class an Auto class stands for with this config; the name itself when it is no Auto class."""
+    """Return the class an Auto class stands for with this config; the name itself when it is no Auto class, or not known."""
     if not name.startswith("AutoModel"):
         return name
     mapping = _model_class(name)._model_mapping
-    return str(mapping[type(_config(config))].__name__)
+    try:
+        return str(mapping[type(_config(config))].__name__)
+    except (CheckpointError, KeyError):
+        return name
 
 
 def _model_class(name: str) -> Any:
@@ -219,7 +222,13 @@ def _model_class(name: str) -> Any:
 def _config(content: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**content)
+    try:
+        return AutoConfig.for_model(**content)
+    except Exception as error:  # each kind of model checks its config in its own way
+        raise CheckpointError(
+            f"transformers cannot make a config of model type {content.get('model_type')!r}: {str(error)[:200]}. Update "
+            "transformers; models with code of their own are not run: load the merged weights with that code"
+        ) from error
 
 
 def _from_pretrained(

@@ -10,8 +10,12 @@ from pathlib import Path
 import family as families
 import models
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mats_hub
 from mats_hub.errors import MatsError
@@ -101,6 +105,80 @@ def test_junk_in_an_index(family, tmp_path_factory, value, whole):
     content = value if whole else {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": value}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     refused_or_merged(folder, family.base, "average")
+
+
+@QUICK
+@given(
+    text=st.text(max_size=80) | st.builds(json.dumps, JUNK),
+    before=st.sampled_from(["", "---\n", "---\nlicense: mit\n"]),
+)
+def test_junk_in_a_card(family, tmp_path_factory, text, before):
+    """A parent's card is read for its licence; the merged model's card can be read whatever stood there."""
+    folder = spoiled(family, tmp_path_factory, "alpha")
+    (folder / "README.md").write_text(f"{before}{text}\n---\nx", encoding="utf-8", errors="replace")
+    merged = mats_hub.merge([str(folder)], base=family.base, method="average")
+    assert "merge" in ModelCard.load(merged.folder / "README.md").data.tags
+
+
+@QUICK
+@given(data=st.data(), value=JUNK)
+def test_junk_in_what_statistics_say_of_themselves(family, tmp_path_factory, data, value):
+    folder = spoiled(family, tmp_path_factory, "alpha")
+    path = folder / "statistics.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    key = data.draw(st.sampled_from(sorted(metadata)))
+    try:
+        content = json.loads(metadata[key])
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content and data.draw(st.booleans()):
+        content[data.draw(st.sampled_from(sorted(content)))] = value
+    else:
+        content = value
+    save_file(tensors, path, metadata | {key: json.dumps(content)})
+    refused_or_merged(folder, family.base, "mats")
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
+
+
+@QUICK
+@given(
+    shapes=st.lists(SHAPES, min_size=1, max_size=4),
+    dtypes=st.lists(st.sampled_from(sorted(DTYPES)), min_size=2, max_size=5),
+    method=st.sampled_from(["average", "task_arithmetic", "ties"]),
+    scale=st.floats(0.1, 2.0),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shapes_dtypes_and_number_of_experts(tmp_path_factory, shapes, dtypes, method, scale, seed):
+    """Models of no known architecture, each stored in a dtype of its own, against the formulas in float64."""
+    root, draw = tmp_path_factory.mktemp("any"), torch.Generator().manual_seed(seed)
+    states = []
+    for number, dtype in enumerate(dtypes):
+        folder = root / f"model{number}"
+        folder.mkdir()
+        state = {f"t{i}": torch.randn(shape, generator=draw).to(DTYPES[dtype]) for i, shape in enumerate(shapes)}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text('{"model_type": "made-up"}')
+        states.append(torch.cat([value.double().flatten() for value in state.values()]))
+    base, *experts = states
+    folders = [str(root / f"model{number}") for number in range(len(dtypes))]
+    options = {} if method == "average" else {"scale": scale}
+    merged = mats_hub.merge(folders[1:], base=folders[0], method=method, dtype="float32", **options)
+    written = load_file(merged.folder / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in written.items()} == {f"t{i}": s for i, s in enumerate(shapes)}
+    deltas = torch.stack([expert - base for expert in experts])
+    if method == "ties":
+        cuts = deltas.abs().float().kthvalue(max(1, len(base) - int(0.2 * len(base)))).values
+        deltas = torch.where(deltas.abs().float() >= cuts[:, None], deltas, 0)
+        agreeing = deltas * torch.where(deltas.sum(0) >= 0, 1, -1) > 0
+        expected = base + scale * (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+    else:
+        expected = base + (scale * deltas.sum(0) if method == "task_arithmetic" else deltas.mean(0))
+    found = torch.cat([written[f"t{i}"].double().flatten() for i in range(len(shapes))])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @QUICK

@@ -597,3 +597,16 @@ def test_memory_that_runs_out_is_an_error_and_leaves_nothing(tmp_path):
     )  # fmt: skip
     assert run.stdout.startswith("ResourceError memory ran out while merging; about")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_model_that_transformers_does_not_know_merges_and_loading_it_says_why_not(family, tmp_path):
+    """Its weights can be merged by their names; only its own code can make a model of them."""
+    base = tmp_path / "base"
+    shutil.copytree(family.base, base)
+    models.lora_adapter(base, tmp_path / "adapter", seed=3, labels=2)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "made-up", "architectures": ["MadeUpModel"]}))
+    merged = mats_hub.merge([str(tmp_path / "adapter")], base=str(base), method="average", output=tmp_path / "out")
+    assert len(merged.report.files) == 1
+    with pytest.raises(MatsError, match=r"made-up|MadeUpModel"):
+        mats_hub.load(tmp_path / "out", task="adapter")

@@ -89,6 +89,32 @@ def test_ctrl_c_says_how_to_go_on(local, whole, tmp_path):
     assert weights(tmp_path / "out") == weights(whole)
 
 
+LOCKED = """
+import json, os, sys
+import mats_hub
+experts, output, options, stage = json.loads(sys.argv[1])
+os.makedirs(stage)
+mats_hub.merge(experts, output=output, on_file=lambda path: os.chmod(stage, 0o500), **options)
+"""
+
+
+def test_a_folder_that_can_no_longer_be_written_is_an_error_and_what_is_finished_is_kept(local, whole, tmp_path):
+    output, stage = tmp_path / "out", tmp_path / ".out.partial"
+    told = json.dumps([local.experts, str(output), {"base": local.base, **OPTIONS}, str(stage)])
+    # What an administrator may write is not a matter of a folder's mode, unless that right is given up.
+    ordinary = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    if ordinary and subprocess.run([*ordinary, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("the administrator's rights cannot be given up here")
+    run = subprocess.run([*ordinary, sys.executable, "-c", LOCKED, told], check=False, capture_output=True, text=True)
+    assert "OutputError: cannot write" in run.stderr
+    assert "Permission denied" in run.stderr
+    assert "the same merge, run again, goes on from there" in run.stderr
+    assert not output.exists()
+    stage.chmod(0o700)
+    mats_hub.merge(local.experts, base=local.base, output=output, **OPTIONS)
+    assert weights(output) == weights(whole)
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """Kill a merge after two files; return its family and the folder it was merging into."""
