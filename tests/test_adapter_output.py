@@ -22,6 +22,8 @@ import torch
 import transformers
 import yaml
 from hub_server import validate_card
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_loading import tiny_gpt_oss, tiny_mixtral, tiny_resnet, tiny_whisper
 from torch import Tensor
@@ -381,6 +383,32 @@ def with_changes(model: Any, changes: Mapping[str, Tensor]) -> Any:
 
 
 # --- linear methods: nothing is lost
+
+
+LLAMA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens")
+CHOSEN = st.sampled_from(LLAMA_MODULES)
+ADAPTERS = st.fixed_dictionaries(
+    {
+        "target_modules": st.lists(CHOSEN, min_size=1, max_size=4, unique=True),
+        "r": st.integers(1, 6),
+        "alpha": st.integers(1, 16),
+        "rslora": st.booleans(),
+        "rank_pattern": st.dictionaries(CHOSEN, st.integers(1, 6), max_size=2),
+        "alpha_pattern": st.dictionaries(CHOSEN, st.integers(1, 16), max_size=2),
+    }
+)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+@given(each=st.lists(ADAPTERS, min_size=1, max_size=4), method=st.sampled_from(sorted(LINEAR)))
+def test_any_ranks_modules_patterns_and_number_of_experts(tmp_path_factory, each, method):
+    root = tmp_path_factory.mktemp("any")
+    made = make_case(root / "case", llama, CAUSAL, *each)
+    options, weights, factors = LINEAR[method]
+    weights = [*weights, 1.0][: len(each)]
+    write(made.entries(weights), root / "merged", base=made.base, **options)
+    want = made.dense(factors(torch.tensor(weights, dtype=torch.float64)))
+    assert_near(made.changes(made.adapted(root / "merged")), want, 1e-10)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
