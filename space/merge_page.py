@@ -77,6 +77,9 @@ def build() -> gr.Blocks:
         gr.api(do.inspect_model, api_name="inspect")
         gr.api(do.merge_status, api_name="status")
         gr.api(do.browse_merges, api_name="browse")
+    for action in page.fns.values():
+        if action.api_name == "_check_login_status":  # the sign-in button's own, which nobody else has a use for
+            action.api_visibility = "private"
     return page
 
 
@@ -236,10 +239,20 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
             result = result_step()
         with gr.Step("Publish", id=5):
             last = publish_step()
+    connect_choice(walk, experts, first, how, plan)
+    connect_run(walk, job, runs, timer, how, plan, run, result, last)
+    return how.yaml_text, first.marked, first.base, walk
 
-    def go_to(step: int) -> dict[str, Any]:
-        return {"fn": lambda: gr.Walkthrough(selected=step), "inputs": None, "outputs": walk, **HIDDEN}
 
+def go_to(walk: Any, step: int) -> dict[str, Any]:
+    """Return what a button does that leads to a step."""
+    return {"fn": lambda: gr.Walkthrough(selected=step), "inputs": None, "outputs": walk, **HIDDEN}
+
+
+def connect_choice(
+    walk: Any, experts: Any, first: SimpleNamespace, how: SimpleNamespace, plan: SimpleNamespace
+) -> None:
+    """Say what the buttons of the first steps do, from the choice of experts to the plan."""
     form = [experts, first.base, how.preset, *how.inputs]
     chosen, taken = [experts, first.marked], [how.yaml_text, experts, first.marked, first.base]
     # What is chosen while an earlier choice is still being looked at is looked at, too.
@@ -269,26 +282,39 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
     first.base.blur(**changed)
     example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **HIDDEN)
     example.then(**changed).then(**write)
-    first.to_method.click(**go_to(1)).then(**keep)
+    first.to_method.click(**go_to(walk, 1)).then(**keep)
     how.preset.change(do.explained, how.preset, how.about, **HIDDEN)
     how.preset.input(**write)
     how.write.click(**write)
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)
     how.apply.click(do.from_yaml, how.yaml_text, taken, **HIDDEN).then(**changed)
     planned = [plan.plan_text, plan.problems, plan.go]
-    how.to_plan.click(**go_to(2)).then(**there).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
+    how.to_plan.click(**go_to(walk, 2)).then(**there).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
+
+
+def connect_run(
+    walk: Any,
+    job: Any,
+    runs: Any,
+    timer: Any,
+    how: SimpleNamespace,
+    plan: SimpleNamespace,
+    run: SimpleNamespace,
+    result: SimpleNamespace,
+    last: SimpleNamespace,
+) -> None:
+    """Say what the buttons do from the start of a merge on, and what is shown while it runs."""
     plan.go.click(do.start, [how.yaml_text, runs], [job, runs, walk, timer], **HIDDEN)
     seen = [run.shown, run.plot, timer, run.stop, run.to_result, walk]
     seen += [result.gallery, result.results, result.layers, last.card]
     timer.tick(do.poll, job, seen, show_progress="hidden", queue=False, **HIDDEN)
     run.stop.click(do.JOBS.cancel, job, None, queue=False, **HIDDEN)
-    run.to_result.click(**go_to(4))
+    run.to_result.click(**go_to(walk, 4))
     result.pick.click(do.example_image, result.number, result.image, **HIDDEN)
     result.ask.click(do.try_it, [job, result.text, result.image], result.said, **HIDDEN)
-    result.to_publish.click(**go_to(5)).then(do.who, None, [last.me, last.repo], **HIDDEN)
+    result.to_publish.click(**go_to(walk, 5)).then(do.who, None, [last.me, last.repo], **HIDDEN)
     last.card.change(do.body_of, last.card, last.rendered, **HIDDEN)
     last.push.click(do.publish, [job, last.repo, last.private, last.pull, last.card], last.done, **HIDDEN)
-    return how.yaml_text, first.marked, first.base, walk
 
 
 def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) -> None:
