@@ -116,7 +116,7 @@ def load(
     task: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
-    token: str | None = None,
+    token: str | bool | None = None,
     base: str | Path | None = None,
 ) -> Any:
     """Return a merged model as a transformers object, with the head and the labels of one of its tasks.

@@ -234,5 +234,6 @@ def curvatures_at(plan: Plan, entry: Entry, deltas: list[Tensor]) -> list[Curvat
 
 
 def norm(tensor: Tensor) -> float:
-    """Return a tensor's Frobenius norm."""
-    return float(torch.linalg.vector_norm(tensor))
+    """Return a tensor's Frobenius norm; of narrow dtypes it is computed in float32."""
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+    return float(torch.linalg.vector_norm(tensor, dtype=wide))

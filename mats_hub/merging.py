@@ -162,13 +162,13 @@ def _write(writer: CheckpointWriter, key: str, tensor: Tensor) -> None:
 
 def _merge_span(plan: Plan, span: Span, context: Context, device: torch.device, writer: CheckpointWriter) -> Tensor:
     """Merge some entries of a tensor and write them to their place; return the squared norms of the result and the experts'."""
-    origin, deltas = span.read(plan, device)
+    origin, deltas, norms = span.read(plan, device)
     weights, place = [expert.weight for expert in plan.experts], replace(context, key=span.entry.key, start=span.start)
     merged = initialization(plan)(deltas, weights, place)
     value = origin + merged
     check_cast(value, writer.dtype(span.entry.key), span.entry.key)
     writer.put_part(span.entry.key, span.start, value)
-    return torch.tensor([norm(tensor) ** 2 for tensor in (merged, *deltas)], dtype=torch.float64)
+    return torch.tensor([norm(merged), *norms], dtype=torch.float64).square()
 
 
 def _of_spans(entry: Entry, squares: Tensor) -> TensorRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +15,7 @@ from mats_hub.adapter import FoldedAdapter
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint
 from mats_hub.device import moved
 from mats_hub.errors import NumericalError
+from mats_hub.matching import norm
 from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
 from mats_hub.threads import in_threads, keep_freed_memory, workers
 
@@ -74,8 +76,8 @@ class Span:
     stop: int
     readers: tuple[tuple[str, Checkpoint, str], ...]
 
-    def read(self, plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """Return what `deltas_at` returns of these entries, flat.
+    def read(self, plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor], list[float]]:
+        """Return what `deltas_at` returns of these entries, flat, and the norms of the task vectors.
 
         Raises:
             NumericalError: a value that is not finite, naming whose it is.
@@ -83,14 +85,15 @@ class Span:
         """
         if not self.readers:
             origin, deltas = deltas_at(plan, self.entry, device)
-            return origin.flatten(), [delta.flatten() for delta in deltas]
+            return origin.flatten(), [delta.flatten() for delta in deltas], [norm(delta) for delta in deltas]
         parts = self._parts(compute_dtype(plan, device), device)
         origin = parts[-1] if plan.base else torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
         deltas = [part.sub_(origin) if plan.base else part - origin for part in parts[: len(plan.experts)]]
-        if not all(is_finite(delta) for delta in deltas):
+        norms = [norm(delta) for delta in deltas]
+        if not all(map(math.isfinite, norms)):  # those of finite values may overflow
             for (owner, *_), part in zip(self.readers, self._parts(origin.dtype, device), strict=True):
                 check_finite(part, owner, self.entry.key)
-        return origin, deltas
+        return origin, deltas, norms
 
     def _parts(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         pinned = device.type == "cuda"
@@ -169,8 +172,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     # An order of magnitude faster than `isfinite`; the norm of finite values may overflow, then they are looked at.
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    return bool(torch.linalg.vector_norm(tensor, dtype=wide).isfinite()) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(norm(tensor)) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(tensor: Tensor, owner: str, key: str) -> Tensor:

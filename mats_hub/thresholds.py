@@ -108,7 +108,7 @@ def thresholds(
     entries, number = share(plan.merged_entries, lambda entry: entry.header.numel), 0
 
     def count(span: Span) -> Tensor:
-        _, deltas = span.read(plan, device)
+        _, deltas, _ = span.read(plan, device)
         for held in ranks.values():
             for expert, rank, delta in zip(plan.experts, held, deltas, strict=True):
                 # What an adapter does not touch is no part of its task vector.
@@ -134,7 +134,7 @@ def _samples(plan: Plan, device: torch.device) -> list[Tensor]:
     for entry in plan.merged_entries:
         for span in spans(plan, entry, device):
             stop = span.start - (span.start - span.stop) // share
-            _, deltas = replace(span, stop=stop).read(plan, device)
+            _, deltas, _ = replace(span, stop=stop).read(plan, device)
             for held, delta in zip(found, deltas, strict=True):
                 held.append(delta.cpu())
     return [torch.cat(held) if held else torch.empty(0) for held in found]
