@@ -651,7 +651,7 @@ def test_dare_draws_the_same_everywhere():
     for device in ("cpu", "meta"):
         with torch.device(device):
             drawn = INITIALIZATIONS["dare"](ones, [1.0], context, scale=0.5)
-        assert "".join(str(int(entry)) for entry in drawn) == "01010110100011010111001111011011"
+        assert "".join(str(int(entry)) for entry in drawn) == "01111111001100000100011101000000"
 
 
 def test_an_expert_of_no_weight_does_not_vote_in_ties():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,16 +55,17 @@ def dare_ties(
 def drawn(delta: Tensor, expert: str, context: Context) -> Tensor:
     """Return uniform integers in [−2³¹, 2³¹) of the delta's shape, int32 on the CPU, of this seed, expert and weight.
 
-    Each block of flat entries of the weight has a generator of its own, so that a part of it can be drawn alone.
+    Each block of flat entries of the weight has a generator of its own, so that a part of it can be drawn alone. It is NumPy's
+    SFC64, whose stream of raw integers stays the same in all versions; twice as fast as torch's.
     """
     first, last = context.start // BLOCK, (context.start + max(delta.numel(), 1) - 1) // BLOCK
-    held = torch.empty(last + 1 - first, BLOCK // 2, dtype=torch.int64, device="cpu")
-    for number, block in enumerate(held, start=first):
+    blocks = []
+    for number in range(first, last + 1):
         digest = hashlib.sha256(f"{context.seed}\0{expert}\0{context.key}\0{number}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        block.random_(-(2**63), None, generator=generator)
+        blocks.append(np.random.SFC64(int.from_bytes(digest, "little")).random_raw(BLOCK // 2))
     begin = context.start - first * BLOCK
-    return held.view(torch.int32).flatten()[begin : begin + delta.numel()].view(delta.shape)
+    held = torch.from_numpy(np.concatenate(blocks).view("<i4"))
+    return held[begin : begin + delta.numel()].view(delta.shape)
 
 
 def _dropped(delta: Tensor, expert: str, context: Context, density: float) -> Tensor:
