@@ -399,7 +399,7 @@ ADAPTERS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 @given(each=st.lists(ADAPTERS, min_size=1, max_size=4), method=st.sampled_from(sorted(LINEAR)))
 def test_any_ranks_modules_patterns_and_number_of_experts(tmp_path_factory, each, method):
     root = tmp_path_factory.mktemp("any")

@@ -26,6 +26,7 @@ JUNK = st.recursive(
     max_leaves=5,
 )
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+LESS = settings(QUICK, max_examples=25)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_junk_in_an_index(family, tmp_path_factory, value, whole):
     refused_or_merged(folder, family.base, "average")
 
 
-@QUICK
+@LESS
 @given(
     text=st.text(max_size=80) | st.builds(json.dumps, JUNK),
     before=st.sampled_from(["", "---\n", "---\nlicense: mit\n"]),
@@ -120,7 +121,7 @@ def test_junk_in_a_card(family, tmp_path_factory, text, before):
     assert "merge" in ModelCard.load(merged.folder / "README.md").data.tags
 
 
-@QUICK
+@LESS
 @given(data=st.data(), value=JUNK)
 def test_junk_in_what_statistics_say_of_themselves(family, tmp_path_factory, data, value):
     folder = spoiled(family, tmp_path_factory, "alpha")
@@ -144,7 +145,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
-@QUICK
+@LESS
 @given(
     shapes=st.lists(SHAPES, min_size=1, max_size=4),
     dtypes=st.lists(st.sampled_from(sorted(DTYPES)), min_size=2, max_size=5),

@@ -23,6 +23,7 @@ OPTIONS = {"method": "ties", "max_shard_size": "8KB"}
 INTERRUPTED = """
 import json, os, signal, sys
 import mats_hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what was begun in the background ignores it
 experts, output, options, after, number = json.loads(sys.argv[1])
 count = 0
 def on_file(path):
