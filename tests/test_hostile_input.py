@@ -26,7 +26,7 @@ JUNK = st.recursive(
     max_leaves=5,
 )
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-LESS = settings(QUICK, max_examples=25)
+LESS = settings(QUICK, max_examples=20)
 
 
 @pytest.fixture(scope="module")
