@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint
-from mats_hub.device import moved
+from mats_hub.device import moved, one_thread
 from mats_hub.errors import NumericalError
 from mats_hub.matching import norm
 from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
@@ -144,13 +145,18 @@ def over_tensors(
     """Yield what `do` returns of each item, in any order: of those of a small `size` several at a time, then of the others.
 
     `size` is about how many bytes of memory an item takes. What PEFT folds, it folds in one model; and what is read by range is
-    read in order.
+    read in order: small ones are one at a time then, but with one thread of torch all the same, so that their bytes are too.
     """
     keep_freed_memory()
     alone = plan.streamed or any(isinstance(expert.adapter, FoldedAdapter) for expert in plan.experts)
-    small = [not alone and size(item) <= SMALL_BYTES for item in items]
-    for wanted, count in ((True, workers(device)), (False, 1)):
-        yield from in_threads(do, (item for item, fits in zip(items, small, strict=True) if fits is wanted), count)
+    small: list[Item] = []
+    large: list[Item] = []
+    for item in items:
+        (small if size(item) <= SMALL_BYTES else large).append(item)
+    count = 1 if alone else workers(device)
+    with one_thread() if device.type == "cpu" else nullcontext():
+        yield from in_threads(do, small, count)
+    yield from map(do, large)
 
 
 def _readers(plan: Plan, entry: Entry) -> tuple[tuple[str, Checkpoint, str], ...]:

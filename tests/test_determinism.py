@@ -64,6 +64,16 @@ def test_small_tensors_merged_beside_each_other_have_the_same_bytes(local, two_t
     assert one.tensors == several.tensors
 
 
+def test_small_tensors_are_computed_with_one_thread_where_they_come_one_at_a_time(local, two_threads):
+    plan = mats_hub.make_plan(mats_hub.Recipe.build(local.experts, base=local.base, method="average"))
+    sizes = {"small": 1, "large": 2**40}
+    for plan.streamed in (True, False):
+        seen = reading.over_tensors(
+            plan, list(sizes), sizes.__getitem__, torch.device("cpu"), lambda item: (item, torch.get_num_threads())
+        )
+        assert dict(seen) == {"small": 1, "large": 2}
+
+
 SCRIPT = """
 import json, sys
 import mats_hub
