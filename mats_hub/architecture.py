@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -45,14 +51,38 @@ class Architecture:
 def describe(config: Mapping[str, Any]) -> Architecture:
     """Return the facts about the model a config describes; empty facts for a model transformers does not know.
 
-    No weight is allocated and no code from a repository is run.
+    No weight is allocated and no code from a repository is run. The facts are kept in the Hub client's cache of assets: to
+    import a model's class takes longer than to average small models.
     """
-    return _describe(json.dumps(config, sort_keys=True, default=str))
+    return _recalled(json.dumps(config, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=16)
-def _describe(config_text: str) -> Architecture:
-    config = json.loads(config_text)
+def _recalled(config_text: str) -> Architecture:
+    from pydantic import TypeAdapter
+
+    stored = TypeAdapter(Architecture)
+    with suppress(OSError, ValueError):
+        return stored.validate_json(_kept_at(config_text).read_bytes())
+    found = _described(json.loads(config_text))
+    if found.shapes:  # those that are not known may be so with other packages
+        with suppress(OSError), TemporaryDirectory(dir=_kept_at(config_text).parent) as folder:
+            whole = Path(folder) / "facts.json"
+            whole.write_bytes(stored.dump_json(found))
+            os.replace(whole, _kept_at(config_text))
+    return found
+
+
+def _kept_at(config_text: str) -> Path:
+    """Return where the facts of a config are kept that this code and the installed transformers read off it."""
+    from huggingface_hub import cached_assets_path
+
+    versions = f"{version('transformers')}\0{version('torch')}".encode()
+    digest = hashlib.sha256(b"\0".join((Path(__file__).read_bytes(), versions, config_text.encode()))).hexdigest()
+    return cached_assets_path("mats_hub", "architectures") / f"{digest}.json"
+
+
+def _described(config: dict[str, Any]) -> Architecture:
     class_name = (config.get("architectures") or [""])[0]
     model = _skeleton(config, class_name)
     if model is None:

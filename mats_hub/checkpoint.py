@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext, suppress
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -72,7 +73,7 @@ class Checkpoint:
         check_fields(self.config, CONFIG_FIELDS, f"{source.spec!r}: config.json")
         self.headers: dict[str, TensorHeader] = dict(headers or {})
         self._streams: dict[str, StreamedFile] = {}
-        self._offsets: dict[str, dict[str, int]] = {}
+        self._located: dict[str, tuple[str, dict[str, int]]] = {}
         if headers is not None:
             return
         if self.config.get("quantization_config"):
@@ -133,15 +134,16 @@ class Checkpoint:
         stream = self._stream(header.file)
         if stream:
             return stream.part(name, start, stop)
-        path, width = self.source.path(header.file), DTYPE_BYTES[header.dtype]
-        if header.file not in self._offsets:
-            self._offsets[header.file] = tensor_offsets(path)
-        content = torch.empty((stop - start) * width, dtype=torch.uint8, pin_memory=pinned)
-        with path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[header.file][name] + start * width)
-            if file.readinto(content.numpy().data) != len(content):
+        if header.file not in self._located:
+            path = self.source.path(header.file)
+            self._located[header.file] = str(path), tensor_offsets(path)
+        place, offsets = self._located[header.file]
+        content = torch.empty(stop - start, dtype=TORCH_DTYPES[header.dtype], pin_memory=pinned)
+        with FileIO(place) as file:
+            file.seek(offsets[name] + start * content.itemsize)
+            if file.readinto(content.view(torch.uint8).numpy().data) != content.nbytes:
                 raise CheckpointError(f"{self.source.spec!r}: {header.file} is cut short; fetch it again")
-        return content.view(TORCH_DTYPES[header.dtype])
+        return content
 
     def streamed(self) -> dict[str, dict[str, str]]:
         """Return what was read by range: file → chunk's number → its hash."""

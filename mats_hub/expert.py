@@ -35,6 +35,7 @@ class Expert:
         self.source, self.name, self.weight = source, name, weight
         self.adapter: Adapter | None = open_adapter(source) if "adapter_config.json" in source.sizes else None
         self.checkpoint = self.adapter.checkpoint if self.adapter else Checkpoint(source)
+        self._as_named = {name: name for name in self.checkpoint.headers}
         self.names: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.extra: list[str] = []
@@ -52,7 +53,7 @@ class Expert:
     @property
     def whole(self) -> dict[str, str]:
         """Tensors it holds whole: its own name for them → their name in the file."""
-        return self.adapter.saved if self.adapter else {name: name for name in self.checkpoint.headers}
+        return self.adapter.saved if self.adapter else self._as_named
 
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""

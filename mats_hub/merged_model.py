@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -394,16 +395,12 @@ def _expert_facts(plan: Plan, index: int) -> dict[str, Any]:
 
 
 def _environment(device: str, dtype: str) -> dict[str, str]:
-    import safetensors
-    import torch
-    import transformers
-
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return {
         "mats_hub": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
         "python": platform.python_version(),
         "device": name,
         "compute dtype": dtype,

@@ -7,17 +7,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mats_hub.checkpoint import CheckpointWriter, parse_size
 from mats_hub.initialization import Context
 from mats_hub.journal import Journal
-from mats_hub.matching import Match, finish, initialization, norm, prepare
+from mats_hub.matching import Initialize, Match, finish, initialization, norm, prepare
 from mats_hub.plan import Action, Entry, Plan
 from mats_hub.processes import gathered, is_first, share, wait
 from mats_hub.progress import Progress, silent
-from mats_hub.reading import Span, check_cast, check_finite, deltas_at, in_parts, over_spans, over_tensors
+from mats_hub.reading import Array, Span, check_cast, check_finite, deltas_at, in_parts, over_spans, over_tensors
 from mats_hub.report import TensorRecord, Watch
 from mats_hub.thresholds import thresholds
 
@@ -126,7 +127,7 @@ def _merge_groups(
         for entry in group
         if entry.action is Action.INITIALIZE and plan.entry_by_entry and in_parts(plan, entry)
     ]
-    merge = partial(_merge_span, plan, context=context, device=device, writer=writer)
+    merge = partial(_merge_span, plan, initialization(plan), context=context, device=device, writer=writer)
     for entry, squares in over_spans(plan, apart, device, merge):
         yield [_of_spans(entry, squares)]
     done = {entry.key for entry in apart}
@@ -160,20 +161,22 @@ def _write(writer: CheckpointWriter, key: str, tensor: Tensor) -> None:
     writer.put(key, tensor)
 
 
-def _merge_span(plan: Plan, span: Span, context: Context, device: torch.device, writer: CheckpointWriter) -> Tensor:
+def _merge_span(
+    plan: Plan, initialize: Initialize, span: Span, context: Context, device: torch.device, writer: CheckpointWriter
+) -> Array:
     """Merge some entries of a tensor and write them to their place; return the squared norms of the result and the experts'."""
     origin, deltas, norms = span.read(plan, device)
     weights, place = [expert.weight for expert in plan.experts], replace(context, key=span.entry.key, start=span.start)
-    merged = initialization(plan)(deltas, weights, place)
+    merged = initialize(deltas, weights, place)
     value = origin + merged
     check_cast(value, writer.dtype(span.entry.key), span.entry.key)
     writer.put_part(span.entry.key, span.start, value)
-    return torch.tensor([norm(merged), *norms], dtype=torch.float64).square()
+    return np.square([norm(merged), *norms])
 
 
-def _of_spans(entry: Entry, squares: Tensor) -> TensorRecord:
+def _of_spans(entry: Entry, squares: Array) -> TensorRecord:
     """Return what is to be said of a tensor that was merged in spans."""
-    size, *norms = squares.sqrt().tolist()
+    size, *norms = np.sqrt(squares).tolist()
     record = TensorRecord(entry.key, entry.action, entry.reason, initialization_norm=size, solution_norm=size)
     return replace(record, expert_norms=tuple(norms))
 

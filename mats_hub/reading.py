@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mats_hub.adapter import FoldedAdapter
@@ -23,7 +25,9 @@ from mats_hub.threads import in_threads, keep_freed_memory, workers
 PIPELINE = 3
 """Spans at a time on a CUDA device: while one is computed with, another is read and copied, and a third is written."""
 
+Array = NDArray[np.float64]
 Item = TypeVar("Item")
+Sum = TypeVar("Sum", Tensor, Array)
 Result = TypeVar("Result")
 
 
@@ -84,22 +88,31 @@ class Span:
             NumericalError: a value that is not finite, naming whose it is.
 
         """
-        if not self.readers:
-            origin, deltas = deltas_at(plan, self.entry, device)
-            return origin.flatten(), [delta.flatten() for delta in deltas], [norm(delta) for delta in deltas]
-        parts = self._parts(compute_dtype(plan, device), device)
-        origin = parts[-1] if plan.base else torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
-        deltas = [part.sub_(origin) if plan.base else part - origin for part in parts[: len(plan.experts)]]
+        origin, deltas = self.read_unchecked(plan, device)
         norms = [norm(delta) for delta in deltas]
         if not all(map(math.isfinite, norms)):  # those of finite values may overflow
             for (owner, *_), part in zip(self.readers, self._parts(origin.dtype, device), strict=True):
                 check_finite(part, owner, self.entry.key)
         return origin, deltas, norms
 
+    def read_unchecked(self, plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Return the same without norms, and with the values that are not finite."""
+        if not self.readers:
+            origin, deltas = deltas_at(plan, self.entry, device)
+            return origin.flatten(), [delta.flatten() for delta in deltas]
+        parts = self._parts(compute_dtype(plan, device), device)
+        if plan.base:
+            origin = parts.pop()
+            return origin, [part.sub_(origin) for part in parts]
+        origin = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+        return origin, [part - origin for part in parts]
+
     def _parts(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         pinned = device.type == "cuda"
-        held = [reader.part(name, self.start, self.stop, pinned) for _, reader, name in self.readers]
-        return [moved(part, device, dtype) for part in held]
+        # One after the other: what was just read is still in the processor's cache, or is copied while the next is read.
+        return [
+            moved(reader.part(name, self.start, self.stop, pinned), device, dtype) for _, reader, name in self.readers
+        ]
 
 
 def spans(plan: Plan, entry: Entry, device: torch.device) -> list[Span]:
@@ -116,8 +129,8 @@ def in_parts(plan: Plan, entry: Entry) -> bool:
 
 
 def over_spans(
-    plan: Plan, entries: Iterable[Entry], device: torch.device, do: Callable[[Span], Tensor]
-) -> Iterator[tuple[Entry, Tensor]]:
+    plan: Plan, entries: Iterable[Entry], device: torch.device, do: Callable[[Span], Sum]
+) -> Iterator[tuple[Entry, Sum]]:
     """Yield of each tensor the sum of what `do` returns of its spans, working on several spans at a time.
 
     What is read by range is read in order, and what is made of adapters takes a whole tensor: one after the other.

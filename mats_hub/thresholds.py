@@ -15,7 +15,7 @@ from mats_hub.initialization.ties import kept_rank
 from mats_hub.plan import Plan
 from mats_hub.processes import share, summed
 from mats_hub.progress import Progress
-from mats_hub.reading import Span, in_parts, over_spans, spans
+from mats_hub.reading import Array, Span, in_parts, over_spans, spans
 
 SAMPLE = 2**20
 """Entries of each task vector that are looked at for a first guess."""
@@ -62,18 +62,19 @@ class MagnitudeRank:
         """Count the magnitudes of a part, of any shape."""
         bits = _bits(part)
         if self._shift:
-            below, inside = 0, bits >> self._shift
+            below, inside = 0, bits.bitwise_right_shift_(self._shift)
         else:
             below, inside = _within(bits, self._start, self._bins)
         few = inside.numel() < self._bins
-        found = torch.ones(inside.numel(), dtype=torch.int64) if few else torch.bincount(inside, minlength=self._bins)
+        found = inside.cpu() if few else torch.bincount(inside, minlength=self._bins).cpu()
+        counts = self.counts.numpy()
         with self._lock:
-            self.counts[0] += below
+            counts[0] += below
             if few:
-                self.counts[1:-1].index_add_(0, inside.cpu(), found)
+                np.add.at(counts[1:-1], found.numpy(), 1)
             else:
-                self.counts[1:-1] += found.cpu()
-            self.counts[-1] += bits.numel() - below - inside.numel()
+                counts[1:-1] += found.numpy()
+            counts[-1] += bits.numel() - below - inside.numel()
 
     def narrow(self) -> None:
         """End a pass: find the value, or the window to look at next."""
@@ -107,14 +108,14 @@ def thresholds(
                 rank.aim(sample)
     entries, number = share(plan.merged_entries, lambda entry: entry.header.numel), 0
 
-    def count(span: Span) -> Tensor:
-        _, deltas, _ = span.read(plan, device)
+    def count(span: Span) -> Array:
+        _, deltas = span.read_unchecked(plan, device)  # the merge itself tells of values that are not finite
         for held in ranks.values():
             for expert, rank, delta in zip(plan.experts, held, deltas, strict=True):
                 # What an adapter does not touch is no part of its task vector.
                 if rank.value is None and expert.holds(span.entry.key):
                     rank.add(delta)
-        return torch.tensor(0)
+        return np.zeros(1)
 
     while pending := [rank for rank in every if rank.value is None]:
         number += 1
@@ -134,7 +135,7 @@ def _samples(plan: Plan, device: torch.device) -> list[Tensor]:
     for entry in plan.merged_entries:
         for span in spans(plan, entry, device):
             stop = span.start - (span.start - span.stop) // share
-            _, deltas, _ = replace(span, stop=stop).read(plan, device)
+            _, deltas = replace(span, stop=stop).read_unchecked(plan, device)
             for held, delta in zip(found, deltas, strict=True):
                 held.append(delta.cpu())
     return [torch.cat(held) if held else torch.empty(0) for held in found]
@@ -146,8 +147,8 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _within(bits: Tensor, start: int, count: int) -> tuple[int, Tensor]:
-    """Return how many are below `start`, and, for those that are less than `count` above it, by how much."""
-    offsets = bits - start
+    """Return how many are below `start`, and, for those that are less than `count` above it, by how much; overwrites `bits`."""
+    offsets = bits.sub_(start)
     if bits.device.type != "cpu":
         return int((offsets < 0).sum()), offsets[(offsets >= 0) & (offsets < count)]
     # NumPy compares, counts and finds several times faster than torch. What is negative is large without a sign.

@@ -22,11 +22,11 @@ UNTOLD = {
 
 def tell_config_differences(plan: Plan) -> None:
     """Note the config fields (position embeddings, rope, special tokens, …) in which an expert differs from the reference."""
-    reference = _filled(plan.reference.config)
+    given = plan.reference.config
     for expert in plan.experts:
-        own = _filled(expert.config)
-        if not own or not reference or expert.checkpoint is plan.reference:
+        if not expert.config or not given or _told(expert.config) == _told(given):
             continue
+        own, reference = _filled(expert.config), _filled(given)
         changed = [
             f"{name} {reference.get(name)!r} → {own.get(name)!r}"
             for name in sorted({*own, *reference} - UNTOLD)
@@ -37,6 +37,10 @@ def tell_config_differences(plan: Plan) -> None:
                 f"the config of expert {expert.name!r} differs from {plan.reference.source.public_spec!r}, whose is kept: "
                 + "; ".join(changed)
             )
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in UNTOLD}
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:

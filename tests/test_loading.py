@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from torch import Tensor
 from transformers import ViTImageProcessor
 
 from mats_hub.adapter import LoraAdapter, open_adapter
-from mats_hub.architecture import align, describe
+from mats_hub.architecture import Architecture, _described, align, describe
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint, CheckpointWriter, parse_size, shard_layout
 from mats_hub.delta import DenseDelta, LowRankDelta
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError
@@ -353,6 +356,38 @@ def test_describe(family: str) -> None:
 def test_describe_of_what_transformers_does_not_know_is_empty(config: dict[str, Any]) -> None:
     found = describe(config)
     assert (found.prefix, found.tied, found.transposed, found.stored_names) == ("", {}, frozenset(), {})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_facts_are_kept_for_the_next_process(family: str, tmp_path: Path) -> None:
+    config = json.loads(
+        json.dumps(FACTORIES[family]().config.to_dict() | {"architectures": [ARCHITECTURES[family][0]]})
+    )
+    asked = (
+        "import sys, json; from mats_hub.architecture import describe; "
+        "found = describe(json.loads(sys.stdin.read())); print('transformers' in sys.modules, repr(found))"
+    )
+
+    def ask() -> tuple[str, Architecture]:
+        run = subprocess.run(
+            [sys.executable, "-c", asked],
+            input=json.dumps(config),
+            env=os.environ | {"HF_ASSETS_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        imported, _, said = run.stdout.partition(" ")
+        return imported, eval(said, {"Architecture": Architecture})
+
+    first, second = ask(), ask()
+    assert (first[0], second[0]) == ("True", "False")
+    assert first[1] == second[1] == _described(config)
+    assert second[1].shapes
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert ask() == first, "what is damaged is read off anew"
+    assert ask() == second
 
 
 # --- experts that are full checkpoints

@@ -32,7 +32,7 @@ def della(
         chance = (density - epsilon + 2 * epsilon * _standing(delta)).clamp(1e-3, 1)
         stays = (drawn(delta, expert, context) < (chance * 2**32 - 2**31)).to(delta.device)
         kept.append(torch.where(stays, delta / chance.to(delta.device, delta.dtype), 0))
-    return scale * elect(kept, weights, fuse)
+    return elect(kept, weights, fuse).mul_(scale)
 
 
 def _standing(delta: Tensor) -> Tensor:
