@@ -265,6 +265,8 @@ def test_a_merge_survives_a_reload_and_stops_when_told_to(visit, page_module, pu
     click(page, "Next: choose how")
     page.get_by_role("radio", name="Average").click()
     page.get_by_text("method: average").first.wait_for()
+    # The explanation is of another height, and moves the button below it: no click while it may come.
+    page.get_by_text(page_module.do.explained("Average").partition("\n")[0]).wait_for()
     before = len(page_module.do.JOBS._jobs)
     slow = page_module.do.JOBS.start(page_module.do.check_ids(recipe, page_module.do.EXAMPLE_EXPERTS), TOKEN, slowly)
     click(page, "Next: see the plan")
