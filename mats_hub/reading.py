@@ -22,9 +22,6 @@ from mats_hub.matching import norm
 from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
 from mats_hub.threads import in_threads, keep_freed_memory, workers
 
-PIPELINE = 3
-"""Spans at a time on a CUDA device: while one is computed with, another is read and copied, and a third is written."""
-
 Array = NDArray[np.float64]
 Item = TypeVar("Item")
 Sum = TypeVar("Sum", Tensor, Array)
@@ -138,8 +135,7 @@ def over_spans(
     keep_freed_memory()
     alone = plan.streamed or any(expert.adapter for expert in plan.experts)
     every = (span for entry in entries for span in spans(plan, entry, device))
-    several = PIPELINE if device.type == "cuda" else workers(device)
-    made = in_threads(lambda span: (span.entry, do(span)), every, 1 if alone else several)
+    made = in_threads(lambda span: (span.entry, do(span)), every, 1 if alone else workers(device))
     for _, held in groupby(made, key=lambda one: one[0].key):
         pairs = iter(held)
         entry, total = next(pairs)
@@ -164,12 +160,20 @@ def over_tensors(
     alone = plan.streamed or any(isinstance(expert.adapter, FoldedAdapter) for expert in plan.experts)
     small: list[Item] = []
     large: list[Item] = []
+    limit = _at_once(device)
     for item in items:
-        (small if size(item) <= SMALL_BYTES else large).append(item)
+        (small if size(item) <= limit else large).append(item)
     count = 1 if alone else workers(device)
     with one_thread() if device.type == "cpu" else nullcontext():
         yield from in_threads(do, small, count)
     yield from map(do, large)
+
+
+def _at_once(device: torch.device) -> int:
+    """Return how many bytes of memory a tensor may take for several to be merged at a time."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // (2 * workers(device))
+    return SMALL_BYTES
 
 
 def _readers(plan: Plan, entry: Entry) -> tuple[tuple[str, Checkpoint, str], ...]:

@@ -22,9 +22,13 @@ MOST = 8
 """Threads: with more the interpreter's own lock is what they wait for."""
 
 
+PIPELINE = 3
+"""Threads beside a CUDA device: while it computes with one's piece, another reads and copies, and a third writes."""
+
+
 def workers(device: torch.device) -> int:
-    """Return how many threads to use: on a CPU as many as torch would (``OMP_NUM_THREADS``), and one beside an accelerator."""
-    return min(MOST, torch.get_num_threads()) if device.type == "cpu" else 1
+    """Return how many threads to use: on a CPU as many as torch would (``OMP_NUM_THREADS``), a few beside a CUDA device."""
+    return {"cpu": min(MOST, torch.get_num_threads()), "cuda": PIPELINE}.get(device.type, 1)
 
 
 def keep_freed_memory() -> None:
