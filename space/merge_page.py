@@ -113,7 +113,11 @@ def experts_step() -> SimpleNamespace:
 def how_step() -> SimpleNamespace:
     """Build the second step: the recipe."""
     preset = gr.Radio(do.TITLES, value=do.TITLES[0], label="Method")
-    about = gr.Markdown(do.explained(do.TITLES[0]), latex_delimiters=[{"left": "$$", "right": "$$", "display": True}])
+    about = gr.Markdown(
+        do.explained(do.TITLES[0]),
+        latex_delimiters=[{"left": "$$", "right": "$$", "display": True}],
+        min_height=130,  # what is below stays where it is when another method is explained
+    )
     names, inputs = [], []
     with gr.Accordion("Advanced: every option", open=False):
         for part, fields in do.schema_fields().items():
