@@ -66,7 +66,7 @@ def _recalled(config_text: str) -> Architecture:
         return stored.validate_json(_kept_at(config_text).read_bytes())
     found = _described(json.loads(config_text))
     if found.shapes:  # those that are not known may be so with other packages
-        with suppress(OSError), TemporaryDirectory(dir=_kept_at(config_text).parent) as folder:
+        with suppress(OSError, ValueError), TemporaryDirectory(dir=_kept_at(config_text).parent) as folder:
             whole = Path(folder) / "facts.json"
             whole.write_bytes(stored.dump_json(found))
             os.replace(whole, _kept_at(config_text))

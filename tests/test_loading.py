@@ -390,6 +390,15 @@ def test_facts_are_kept_for_the_next_process(family: str, tmp_path: Path) -> Non
     assert ask() == second
 
 
+def test_facts_are_found_where_none_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    config = tiny_gpt2().config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "note": str(tmp_path)}
+    for place in (tmp_path / "file", Path("/proc/nowhere")):
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(place))
+        config["place"] = str(place)  # another config, which this process has not seen either
+        assert describe(config).tied == {"lm_head.weight": "transformer.wte.weight"}
+
+
 # --- experts that are full checkpoints
 
 
