@@ -21,7 +21,6 @@ Result = TypeVar("Result")
 MOST = 8
 """Threads: with more the interpreter's own lock is what they wait for."""
 
-
 PIPELINE = 3
 """Threads beside a CUDA device: while it computes with one's piece, another reads and copies, and a third writes."""
 

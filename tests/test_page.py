@@ -23,7 +23,7 @@ import hub_jobs  # noqa: F401 (the Hub server answers about Jobs then)
 import models
 import pytest
 import yaml
-from playwright.sync_api import TimeoutError
+from playwright.sync_api import TimeoutError, sync_playwright
 
 import mats_hub
 from mats_hub import demo
@@ -73,8 +73,6 @@ def served(page_module):
 
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
