@@ -9,7 +9,8 @@ from typing import Any
 from mats_hub.loading import load
 from mats_hub.scoring import score
 from mats_hub.source import open_source
-from mats_hub.statistics.tasks import Columns, load_dataset, open_task
+from mats_hub.statistics.dataset import Columns, load_dataset
+from mats_hub.statistics.tasks import open_task
 
 
 def evaluate(

@@ -107,7 +107,7 @@ class Suite(Mapping[str, TaskEntry]):
             SourceError: they cannot be found or read.
 
         """
-        from mats_hub.statistics.tasks import load_dataset
+        from mats_hub.statistics.dataset import load_dataset
 
         if (name, which) not in self._opened:
             entry, part = self[name], getattr(self[name], which)

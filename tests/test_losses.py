@@ -16,7 +16,8 @@ from test_loading import tiny_whisper
 import mats_hub
 from mats_hub.errors import StatisticsError
 from mats_hub.source import open_source
-from mats_hub.statistics.tasks import IGNORED, Columns, TaskData, open_task
+from mats_hub.statistics.dataset import Columns
+from mats_hub.statistics.tasks import IGNORED, TaskData, open_task
 
 TEXTS = models.tiny_texts(6, 1, shortest=3)
 TEMPLATE = (

@@ -54,8 +54,9 @@ from mats_hub.source import open_source
 from mats_hub.statistics import STATISTICS_FILE, Provenance, Statistics, Sums, compute_statistics, passes
 from mats_hub.statistics import measure as measuring
 from mats_hub.statistics.collect import collect, survey
+from mats_hub.statistics.dataset import Columns
 from mats_hub.statistics.sketch import Sketch, nystrom
-from mats_hub.statistics.tasks import Columns, open_task
+from mats_hub.statistics.tasks import open_task
 from mats_hub.statistics.watch import Watch, linear_modules, transposed_modules
 
 EXAMPLES = 7

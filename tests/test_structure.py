@@ -34,7 +34,7 @@ FLOORS = (
     ("linear_system", "source", "architecture", "report"),
     ("solver", "streaming", "figures"),
     ("checkpoint",),
-    ("adapter", "bundle", "journal", "statistics.accumulate"),
+    ("adapter", "bundle", "journal", "statistics.accumulate", "statistics.dataset"),
     ("output", "statistics.watch", "statistics.storage", "statistics.parallel"),
     ("statistics.file",),
     ("statistics.remote",),

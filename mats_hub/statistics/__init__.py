@@ -1,6 +1,7 @@
 """Statistics: what curvatures are made from, measured once per expert on its task's data.
 
-tasks       a data set's examples as model inputs, and the model's own loss
+dataset     where a task's data are read from, and what their columns are
+tasks       an example as model inputs, and the model's own loss
 collect     hooks on modules
 accumulate  sums and counts
 file        the safetensors file with provenance; curvatures made from it

@@ -23,11 +23,12 @@ from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.collect import NO_EXAMPLE, Survey, collect, survey
+from mats_hub.statistics.dataset import Columns, load_dataset
 from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.parallel import total
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
-from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, Columns, TaskData, generate, load_dataset, open_task
+from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, TaskData, generate, open_task
 from mats_hub.statistics.watch import transposed_modules
 
 MODULES = ("touched", "all")

@@ -1,21 +1,19 @@
-"""Tasks: a data set's columns, how an example becomes model inputs, the model's own loss, and its score."""
+"""Tasks: how an example becomes model inputs, the model's own loss, and its score."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mats_hub.errors import SourceError, StatisticsError, unknown
-from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.errors import StatisticsError, unknown
 from mats_hub.source import Source
 from mats_hub.statistics.collect import IGNORED
+from mats_hub.statistics.dataset import Columns, infer_columns, infer_role
 
 GENERATED = "text that the model generated itself"
 GENERATED_TASK = "generated"
@@ -23,22 +21,6 @@ GENERATED_AT_ONCE = 16
 
 PHRASE = "a photo of a {}"
 """How a class's name is put in words for a model of images and texts (Radford et al. 2021, section 3.1.4)."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column of a data set plays which role; empty ones are inferred."""
-
-    text: tuple[str, ...] = ()
-    label: str | None = None
-    image: str | None = None
-    target: str | None = None
-    messages: str | None = None
-    audio: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the roles that are taken."""
-        return {role: value for role, value in vars(self).items() if value}
 
 
 @dataclass(frozen=True)
@@ -427,22 +409,6 @@ TASKS: dict[str, Task] = {
 }
 """Every kind of task; a new one is a row here."""
 
-TEXT_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("question1", "question2"),
-)
-COLUMN_NAMES = {
-    "text": ("text", "sentence", "content", "input", "source"),
-    "label": ("label", "labels"),
-    "image": ("image", "img"),
-    "target": ("target", "output", "summary", "answer", "sentence", "transcription"),
-    "audio": ("audio", "speech"),
-    "messages": ("messages", "conversations"),
-}
-"""Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
-
 
 def infer_task(class_name: str) -> Task:
     """Return the kind of task a transformers class does.
@@ -460,81 +426,6 @@ def infer_task(class_name: str) -> Task:
     raise StatisticsError(
         f"cannot tell the task of a {class_name or 'model without a class'}; name one of: {', '.join(TASKS)}"
     )
-
-
-def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labels: bool = True) -> Columns:
-    """Return the columns to read, those that were not given being inferred from their names.
-
-    Raises:
-        StatisticsError: a given column is not there, or one cannot be inferred.
-
-    """
-    present = list(dataset.column_names)
-    for column in (*given.text, *(value for role, value in vars(given).items() if role != "text")):
-        if column is not None and column not in present:
-            raise StatisticsError(unknown("column", column, present))
-    chosen: dict[str, Any] = {}
-    for role in roles:
-        value = getattr(given, role) or _infer_role(role, present)
-        if not value and (needs_labels or role != "label"):
-            raise StatisticsError(
-                f"cannot tell which column is the {role}; name it with --{role}. The data set has: {', '.join(present)}"
-            )
-        chosen[role] = value or None
-    return Columns(
-        text=tuple(chosen.get("text") or ()),
-        **{role: chosen.get(role) for role in ("label", "image", "target", "messages", "audio")},
-    )
-
-
-def _infer_role(role: str, present: Sequence[str]) -> Any:
-    if role == "text":
-        for pair in TEXT_PAIRS:
-            if set(pair) <= set(present):
-                return pair
-    named = [name for name in COLUMN_NAMES[role] if name in present]
-    return (named[0],) if named and role == "text" else (named[0] if named else None)
-
-
-def load_dataset(
-    name: Any, config: str | None = None, split: str | None = None, token: Any = None
-) -> tuple[Any, str, str | None]:
-    """Open a data set: a `datasets.Dataset`, a JSONL, CSV or Parquet file, or a Hub id ``owner/name[@revision]``.
-
-    Returns:
-        The data set, its public name (an id, or a file's name) and its commit when it has one.
-
-    Raises:
-        SourceError: it cannot be found or read.
-
-    """
-    import datasets
-
-    if isinstance(name, datasets.Dataset):
-        return name, str(name.info.dataset_name or "an in-memory data set"), None
-    path = Path(str(name)).expanduser()
-    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    try:
-        with _no_progress_bars():
-            if path.is_file():
-                if path.suffix not in formats:
-                    raise SourceError(
-                        f"{path.name!r}: data files are {', '.join(formats)}, or a data set's id on the Hub"
-                    )
-                loaded = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
-                return loaded, path.name, None
-            repo_id, _, revision = str(name).partition("@")
-            with hub_errors(str(name)):
-                commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
-                loaded = datasets.load_dataset(
-                    repo_id, config, split=split or "validation", revision=commit, token=token
-                )
-            return loaded, repo_id, commit
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        text = str(error).strip().splitlines()
-        raise SourceError(
-            f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}"
-        ) from error
 
 
 @torch.no_grad()
@@ -573,19 +464,6 @@ def generate(
     return datasets.Dataset.from_dict({"input_ids": texts})
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    shown = datasets.utils.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def open_task(
     model_class: str,
     config: Any,
@@ -616,7 +494,7 @@ def open_task(
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
-    if task is None and kind.name == "causal-lm" and not columns.text and _infer_role("messages", dataset.column_names):
+    if task is None and kind.name == "causal-lm" and not columns.text and infer_role("messages", dataset.column_names):
         kind = TASKS["chat"]
     chosen = infer_columns(dataset, columns, kind.roles, needs_labels)
     data = TaskData(kind, dataset, chosen, config)
