@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -329,6 +330,7 @@ class Example:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
                 self._folder = folder
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def path(self, name: str) -> str:
         """Return where an expert of the example is."""
