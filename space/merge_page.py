@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,12 @@ import merge_actions as do
 from model_search import search_box
 
 THEME = gr.themes.Soft(primary_hue="indigo")
-HIDDEN: dict[str, Any] = {"api_visibility": "private"}
-"""Of what is no named action for programs."""
+QUEUED: dict[str, Any] = {"api_visibility": "private"}
+"""Of what takes long or much memory; not for programs."""
+
+HIDDEN: dict[str, Any] = {**QUEUED, "queue": False}
+"""Of everything else that is not for programs, answered at once: of what is queued in the moment in which the stream of earlier
+outcomes closes, Gradio's client never hears the outcome."""
 
 CSS = """
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
@@ -87,6 +93,7 @@ def experts_step() -> SimpleNamespace:
     """Build the first step: which models."""
     gr.Markdown("Search the Hub for models that were fine-tuned from the same base, or paste their ids.")
     found = search_box()
+    problems = gr.HTML()
     example = gr.Button("Try the example", variant="secondary")
     base = gr.Textbox(
         label="Base",
@@ -102,6 +109,7 @@ def experts_step() -> SimpleNamespace:
     return SimpleNamespace(
         example=example,
         found=found,
+        problems=problems,
         base=base,
         table=table,
         marked=marked,
@@ -127,6 +135,7 @@ def how_step() -> SimpleNamespace:
                     names.append(name)
                     inputs.append(do.component(name, field))
     write = gr.Button("Write the recipe", variant="primary")
+    problems = gr.HTML()
     yaml_text = gr.Code(language="yaml", label="Recipe (editable; Escape and Tab leave it)", lines=8, max_lines=18)
     with gr.Row():
         apply = gr.Button("Take experts from the recipe")
@@ -139,6 +148,7 @@ def how_step() -> SimpleNamespace:
         names=names,
         inputs=inputs,
         write=write,
+        problems=problems,
         yaml_text=yaml_text,
         apply=apply,
         to_plan=to_plan,
@@ -185,6 +195,7 @@ def result_step() -> SimpleNamespace:
         with gr.Column():
             number = gr.Slider(0, 400, step=1, label="or a test image of the example")
             pick = gr.Button("Take it")
+            problems = gr.HTML()
     ask = gr.Button("Ask the merged model", variant="primary")
     said = gr.Dataframe(
         headers=["task", "merged model", "confidence", "its expert", "confidence"],
@@ -200,6 +211,7 @@ def result_step() -> SimpleNamespace:
         image=image,
         number=number,
         pick=pick,
+        problems=problems,
         ask=ask,
         said=said,
         to_publish=to_publish,
@@ -253,6 +265,23 @@ def go_to(walk: Any, step: int) -> dict[str, Any]:
     return {"fn": lambda: gr.Walkthrough(selected=step), "inputs": None, "outputs": walk, **HIDDEN}
 
 
+def tried(fn: Callable[..., Any], inputs: Any, outputs: list[Any], problems: Any) -> dict[str, Any]:
+    """Return what an event does that may not be possible: it says so in `problems`, and changes nothing else then.
+
+    Gradio's own message of an error is for queued events alone.
+    """
+
+    @wraps(fn)
+    def told(*arguments: Any) -> tuple[Any, ...]:
+        try:
+            found = fn(*arguments)
+        except gr.Error as error:
+            return *(gr.skip() for _ in outputs), do.problem_list([error.message])
+        return *(found if len(outputs) > 1 else (found,)), ""
+
+    return {"fn": told, "inputs": inputs, "outputs": [*outputs, problems], **HIDDEN}
+
+
 def connect_choice(
     walk: Any, experts: Any, first: SimpleNamespace, how: SimpleNamespace, plan: SimpleNamespace
 ) -> None:
@@ -260,38 +289,30 @@ def connect_choice(
     form = [experts, first.base, how.preset, *how.inputs]
     chosen, taken = [experts, first.marked], [how.yaml_text, experts, first.marked, first.base]
     # What is chosen while an earlier choice is still being looked at is looked at, too.
-    latest: dict[str, Any] = {"trigger_mode": "always_last", **HIDDEN}
-    changed = {"fn": do.cards, "inputs": [experts, first.base], "outputs": first.table, **latest}
-    write: dict[str, Any] = {
-        "fn": lambda experts, base, preset, *values: do.recipe_of(experts, base, preset, how.names, list(values)),
-        "inputs": form,
-        "outputs": how.yaml_text,
-        **latest,
-    }
-    keep = {
-        **write,
-        "fn": lambda text, experts, base, preset, *values: do.kept_or_written(
-            text, experts, base, preset, how.names, list(values)
-        ),
-        "inputs": [how.yaml_text, *form],
-    }
-    there = {
-        **keep,
-        "fn": lambda text, experts, base, preset, *values: do.there_or_written(
-            text, experts, base, preset, how.names, list(values)
-        ),
-    }
-    first.found.submit(do.add, [first.found, experts], chosen, **HIDDEN).then(**changed)
+    latest: dict[str, Any] = {"trigger_mode": "always_last"}
+    changed = {"fn": do.cards, "inputs": [experts, first.base], "outputs": first.table, **HIDDEN, **latest}
+
+    def writing(what: Callable[..., str], *before: Any) -> dict[str, Any]:
+        def written(*values: Any) -> str:
+            given = len(before) + 3
+            return what(*values[:given], how.names, list(values[given:]))
+
+        return tried(written, [*before, *form], [how.yaml_text], how.problems) | latest
+
+    write = writing(do.recipe_of)
+    keep = writing(do.kept_or_written, how.yaml_text)
+    there = writing(do.there_or_written, how.yaml_text)
+    first.found.submit(**tried(do.add, [first.found, experts], chosen, first.problems)).then(**changed)
     first.drop.click(do.remove, [first.marked, experts], chosen, **HIDDEN).then(**changed)
     first.base.blur(**changed)
-    example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **HIDDEN)
+    example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **QUEUED)
     example.then(**changed).then(**write)
     first.to_method.click(**go_to(walk, 1)).then(**keep)
     how.preset.change(do.explained, how.preset, how.about, **HIDDEN)
     how.preset.input(**write)
     how.write.click(**write)
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)
-    how.apply.click(do.from_yaml, how.yaml_text, taken, **HIDDEN).then(**changed)
+    how.apply.click(**tried(do.from_yaml, how.yaml_text, taken, how.problems)).then(**changed)
     planned = [plan.plan_text, plan.problems, plan.go]
     how.to_plan.click(**go_to(walk, 2)).then(**there).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
 
@@ -308,17 +329,17 @@ def connect_run(
     last: SimpleNamespace,
 ) -> None:
     """Say what the buttons do from the start of a merge on, and what is shown while it runs."""
-    plan.go.click(do.start, [how.yaml_text, runs], [job, runs, walk, timer], **HIDDEN)
+    plan.go.click(**tried(do.start, [how.yaml_text, runs], [job, runs, walk, timer], plan.problems))
     seen = [run.shown, run.plot, timer, run.stop, run.to_result, walk]
     seen += [result.gallery, result.results, result.layers, last.card]
-    timer.tick(do.poll, job, seen, show_progress="hidden", queue=False, **HIDDEN)
-    run.stop.click(do.JOBS.cancel, job, None, queue=False, **HIDDEN)
+    timer.tick(do.poll, job, seen, show_progress="hidden", **HIDDEN)
+    run.stop.click(do.JOBS.cancel, job, None, **HIDDEN)
     run.to_result.click(**go_to(walk, 4))
-    result.pick.click(do.example_image, result.number, result.image, **HIDDEN)
-    result.ask.click(do.try_it, [job, result.text, result.image], result.said, **HIDDEN)
+    result.pick.click(**tried(do.example_image, result.number, [result.image], result.problems))
+    result.ask.click(do.try_it, [job, result.text, result.image], result.said, **QUEUED)
     result.to_publish.click(**go_to(walk, 5)).then(do.who, None, [last.me, last.repo], **HIDDEN)
     last.card.change(do.body_of, last.card, last.rendered, **HIDDEN)
-    last.push.click(do.publish, [job, last.repo, last.private, last.pull, last.card], last.done, **HIDDEN)
+    last.push.click(do.publish, [job, last.repo, last.private, last.pull, last.card], last.done, **QUEUED)
 
 
 def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) -> None:
@@ -327,6 +348,7 @@ def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) 
         words = gr.Textbox(label="Words in the id", max_length=100)
         author = gr.Textbox(label="Author", max_length=100)
         find = gr.Button("Find merges", variant="primary")
+    problems = gr.HTML()
     table = gr.Dataframe(label="Merges that carry a recipe", interactive=False, wrap=True)
     name = gr.Textbox(label="Chosen", interactive=False)
     take = gr.Button("Remix: load its recipe")
@@ -334,9 +356,9 @@ def browse_tab(yaml_text: Any, experts: Any, marked: Any, base: Any, tabs: Any) 
     with gr.Accordion("Lineage as text", open=False):
         tree = gr.Code(label="Lineage", interactive=False)
     card = gr.Markdown(sanitize_html=True)
-    find.click(do.find_merges, [words, author], table, **HIDDEN)
-    table.select(do.read, table, [name, card, tree, graph], **HIDDEN)
-    take.click(do.remix, name, [yaml_text, experts, marked, base, tabs], **HIDDEN)
+    find.click(**tried(do.find_merges, [words, author], [table], problems))
+    table.select(**tried(do.read, table, [name, card, tree, graph], problems))
+    take.click(**tried(do.remix, name, [yaml_text, experts, marked, base, tabs], problems))
 
 
 def signed_in_here() -> bool:
