@@ -1,4 +1,4 @@
-"""What the page does: every button's function, and the named actions that programs may call."""
+"""What the page does: every button's function."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import re
 import time
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 from lineage_graph import lineage_svg
 from merge_jobs import AGREEMENT, EXAMPLE, HUB_ID, Example, Job, Jobs, answers, check_ids, what_does_not_fit
+from presets import PRESETS, TITLES
 
 import mats_hub
 from mats_hub import MatsError, MergedModel, Recipe
 from mats_hub.browsing import read_card, read_recipe
 from mats_hub.jobs import hardware
-from mats_hub.methods import METHODS
 from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, Solver
 
 ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
@@ -33,71 +32,6 @@ MAX_RUNS = 20
 
 EXAMPLE_EXPERTS = Example()
 JOBS = Jobs(example=EXAMPLE_EXPERTS)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A way to merge, in plain words.
-
-    Attributes:
-        title: what it is called.
-        text: what it does, in one sentence.
-        formula: what it solves.
-        options: its options, as of `Recipe.build`.
-
-    """
-
-    title: str
-    text: str
-    formula: str
-    options: dict[str, Any]
-
-
-PRESETS = [
-    Preset(
-        "MaTS, with statistics",
-        "Matches the experts in the directions that matter to each one's task. The best choice when every expert has statistics.",
-        r"(\sum_i w_i C_i)\,\theta = \sum_i w_i C_i\,\theta_i,\quad C_i = E[g g^\top] \otimes E[x x^\top]",
-        {
-            "method": "mats",
-            "curvature": "kfac",
-            "normalization": "trace",
-            "preconditioner": "kronecker",
-            "iterations": 30,
-            "damping": 0.3,
-        },
-    ),
-    Preset(
-        "MaTS, without data",
-        "The same, with directions told from the experts' own changes. Needs nothing but the experts and their base.",
-        r"C_i = \tau_i^\top \tau_i / \operatorname{mean}\operatorname{diag}",
-        {
-            "method": "mats",
-            "curvature": "task_vector",
-            "initialization": "task_arithmetic",
-            "scale": 0.4,
-        },
-    ),
-    Preset(
-        "RegMean",
-        "Makes every linear layer's outputs match the experts' on average, in closed form. Needs statistics of the inputs.",
-        METHODS["regmean"].equation,
-        {"method": "regmean"},
-    ),
-    Preset(
-        "TIES",
-        "Keeps each expert's largest changes and, where they disagree in sign, the side with more weight. Needs no data.",
-        METHODS["ties"].equation,
-        {"method": "ties"},
-    ),
-    Preset(
-        "Average",
-        "The mean of all weights. A point to compare with.",
-        METHODS["average"].equation,
-        {"method": "average"},
-    ),
-]
-TITLES = [preset.title for preset in PRESETS]
 
 
 def token_of(token: gr.OAuthToken | None) -> str | bool | None:
@@ -516,80 +450,3 @@ def remix(name: str, token: gr.OAuthToken | None) -> tuple[str, list[str], Any, 
     except MatsError as error:
         raise gr.Error(str(error)) from None
     return *from_yaml(recipe.to_yaml()), gr.Tabs(selected="merge")
-
-
-# --- named actions, for programs
-
-
-def plan_recipe(recipe: str, authorization: gr.Header | None = None) -> str:
-    """Say what a merge would do to every tensor, and every problem, without doing it.
-
-    Args:
-        recipe: the recipe as YAML, with Hub ids.
-        authorization: a Hub token as ``Bearer hf_…``, for private and gated models.
-
-    """
-    try:
-        recipe_here = check_ids(Recipe.from_yaml(recipe), EXAMPLE_EXPERTS)
-        return str(mats_hub.make_plan(recipe_here, header_token(authorization)))
-    except (MatsError, ValueError) as error:
-        raise gr.Error(str(error)) from None
-
-
-def browse_merges(words: str = "", author: str = "") -> list[dict[str, Any]]:
-    """List merges on the Hub that carry a recipe: id, method, experts, base, mean result.
-
-    Args:
-        words: words in the id.
-        author: user or organization.
-
-    """
-    return [
-        {"id": m.repo_id, "method": m.method, "experts": list(m.experts), "base": m.base, "mean": m.mean}
-        for m in mats_hub.browse(words or None, author=author or None, token=False if ON_A_SPACE else None)
-    ]
-
-
-def inspect_model(model: str, base: str = "", authorization: gr.Header | None = None) -> dict[str, Any]:
-    """Say what a model is, from its configs and headers: kind, base, bytes of weights, licence, whether statistics are beside it.
-
-    Args:
-        model: the model's Hub id, ``owner/name`` or ``owner/name@revision``.
-        base: the Hub id of the base of a full checkpoint.
-        authorization: a Hub token as ``Bearer hf_…``, for private and gated models.
-
-    """
-    try:
-        recipe = check_ids(Recipe.build([model], base=base or None, method="average"), EXAMPLE_EXPERTS)
-        plan = mats_hub.make_plan(recipe, header_token(authorization))
-        plan.raise_problems()
-    except (MatsError, ValueError) as error:
-        raise gr.Error(str(error)) from None
-    [expert] = plan.experts
-    return {
-        "model": expert.source.public_spec,
-        "kind": expert.kind,
-        "base": plan.base.source.public_spec if plan.base else None,
-        "bytes": sum(expert.source.sizes[name] for name in expert.source.weight_files),
-        "license": expert.source.front_matter.get("license"),
-        "statistics": any(name.startswith("statistics") for name in expert.source.sizes),
-    }
-
-
-def merge_status(run: str) -> dict[str, Any]:
-    """Say where a merge of this page is: its state, the step it is at, what went wrong.
-
-    Args:
-        run: the id that stands in the merge's link, after ``?run=``.
-
-    """
-    job = JOBS.get(run)
-    if job is None:
-        raise gr.Error("There is no such merge, or not any more; merges are kept for an hour.")
-    now = job.progress_file.read()
-    return {"state": job.state, "error": job.error} | {name: now[name] for name in ("step", "done", "total")}
-
-
-def header_token(authorization: Any) -> str | bool | None:
-    """Return the token of a program's request; on a Space never the server's own."""
-    return str(authorization).removeprefix("Bearer ") if authorization else (False if ON_A_SPACE else None)

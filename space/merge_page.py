@@ -10,7 +10,9 @@ from typing import Any
 
 import gradio as gr
 import merge_actions as do
+import named_actions
 from model_search import search_box
+from presets import TITLES
 
 THEME = gr.themes.Soft(primary_hue="indigo")
 QUEUED: dict[str, Any] = {"api_visibility": "private"}
@@ -79,10 +81,10 @@ def build() -> gr.Blocks:
         # A merge that still runs, or is done, is found again after a reload.
         page.load(do.opened_run, job, [job, timer], api_visibility="private")
         page.load(do.opened, None, [yaml_text, experts, marked, base], api_visibility="private")
-        gr.api(do.plan_recipe, api_name="plan")
-        gr.api(do.inspect_model, api_name="inspect")
-        gr.api(do.merge_status, api_name="status")
-        gr.api(do.browse_merges, api_name="browse")
+        gr.api(named_actions.plan_recipe, api_name="plan")
+        gr.api(named_actions.inspect_model, api_name="inspect")
+        gr.api(named_actions.merge_status, api_name="status")
+        gr.api(named_actions.browse_merges, api_name="browse")
     for action in page.fns.values():
         if action.api_name == "_check_login_status":  # the sign-in button's own, which nobody else has a use for
             action.api_visibility = "private"
@@ -120,9 +122,9 @@ def experts_step() -> SimpleNamespace:
 
 def how_step() -> SimpleNamespace:
     """Build the second step: the recipe."""
-    preset = gr.Radio(do.TITLES, value=do.TITLES[0], label="Method")
+    preset = gr.Radio(TITLES, value=TITLES[0], label="Method")
     about = gr.Markdown(
-        do.explained(do.TITLES[0]),
+        do.explained(TITLES[0]),
         latex_delimiters=[{"left": "$$", "right": "$$", "display": True}],
         min_height=130,  # what is below stays where it is when another method is explained
     )
