@@ -137,6 +137,9 @@ class Adapter:
 class Factors:
     """Where one weight's factors are and how they make its change.
 
+    Those of a parameter that holds the matrices of several experts stack the experts' factors, in A and in B each in its own way
+    (PEFT's ``ParamWrapper``).
+
     Attributes:
         B: name of the left factor in the file.
         A: name of the right factor in the file.
@@ -144,7 +147,11 @@ class Factors:
         shape: the weight's shape, as it is stored.
         transposed: whether the weight is stored ``[in, out]``.
         form: ``linear`` (of a linear module), ``parameter`` (of a matrix named by target_parameters), ``embedding``,
-            ``convolution``, or ``stacked`` (of one parameter that holds the matrices of several experts).
+            ``convolution``, ``stacked`` (of one parameter that holds the matrices of several experts), or ``expert`` (of
+            one of those matrices, or of some of its rows).
+        count: how many experts' factors are stacked.
+        index: of ``expert``, which of them.
+        rows: of ``expert``, its first row and the one behind its last.
 
     """
 
@@ -154,6 +161,9 @@ class Factors:
     shape: tuple[int, ...]
     transposed: bool = False
     form: str = "linear"
+    count: int = 1
+    index: int = 0
+    rows: tuple[int, int] = (0, 0)
 
 
 class LoraAdapter(Adapter):
@@ -182,29 +192,27 @@ class LoraAdapter(Adapter):
                 raise self._unknown(name)
             else:
                 self._save(module, name)
-        self._bare: dict[str, list[dict[str, str]]] = {}
+        self._perhaps_bare: dict[str, list[dict[str, str]]] = {}
+        self._read: tuple[Any, Any, Any] = (None, None, None)
         for (path, embedding), pair in pairs.items():
             module = path.replace(".base_layer", "")
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(
                     f"{checkpoint.source.spec!r}: module {module!r} has only LoRA factor {'/'.join(pair)}; fetch it again"
                 )
-            if self._targets(module):
-                self._bare.setdefault(module, []).append(pair)
+            if not embedding and self._targets(module):
+                self._perhaps_bare.setdefault(module, []).append(pair)
             else:
                 self.factors[f"{module}.weight"] = self._of_module(module, embedding, pair)
         for name in self.factors:  # beside factors of an embedding PEFT saves the base's own weight, unchanged
             self.saved.pop(name, None)
-        for module, held in self._bare.items():
+        for held in self._perhaps_bare.values():
             # PEFT wraps a module once for each parameter: the first one's factors lie the deepest.
             held.sort(key=lambda pair: -pair["A"].count(".base_layer"))
-            leaves = self._targets(module)
-            if leaves == ["weight"] and len(held) == 1:
-                self.factors[f"{module}.weight"] = self._matrix(held[0], f"{module}.weight", "parameter")
 
     @property
     def changed(self) -> Collection[str]:
-        """The weights it has factors for; bare parameters once `settle` has named them."""
+        """The weights it has factors for; those that `target_parameters` may name once `settle` has told which they are."""
         return self.factors
 
     @property
@@ -215,8 +223,7 @@ class LoraAdapter(Adapter):
     def rank(self, own: str) -> int:
         """Return the rank of one weight's delta."""
         factors = self.factors[own]
-        rows = self.checkpoint.headers[factors.A].shape[0]
-        return rows // factors.shape[0] if factors.form == "stacked" else rows
+        return self.checkpoint.headers[factors.A].shape[0] // factors.count
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of a weight it changes, as it is stored."""
@@ -229,11 +236,15 @@ class LoraAdapter(Adapter):
     def delta(self, own: str) -> LowRankDelta:
         """Return scale · B A of one weight."""
         factors = self.factors[own]
-        B, A = self.checkpoint.tensor(factors.B), self.checkpoint.tensor(factors.A)
-        if factors.form == "stacked":
-            count = factors.shape[0]
-            A = A.reshape(count, -1, A.shape[-1])
-            B = B.reshape(B.shape[0], -1, count).permute(2, 0, 1)
+        names, B, A = self._read
+        if names != (factors.B, factors.A):
+            B, A = self.checkpoint.tensor(factors.B), self.checkpoint.tensor(factors.A)
+            self._read = (factors.B, factors.A), B, A  # the next may be another expert's in the same tensors
+        if factors.form in ("stacked", "expert"):
+            A = A.reshape(factors.count, -1, A.shape[-1])
+            B = B.reshape(B.shape[0], -1, factors.count).permute(2, 0, 1)
+        if factors.form == "expert":
+            A, B = A[factors.index], B[factors.index, slice(*factors.rows)]
         if factors.form == "convolution":
             return LowRankDelta(B.flatten(1), A.flatten(1), factors.scale, weight_shape=factors.shape)
         return LowRankDelta(B, A, factors.scale, factors.transposed)
@@ -243,9 +254,8 @@ class LoraAdapter(Adapter):
 
         PEFT writes one `fan_in_fan_out` for all modules, the last one's.
         """
-        for module in list(self._bare):
-            if f"{module}.weight" not in self.factors:
-                self._name_parameters(module, facts)
+        for module, held in self._perhaps_bare.items():
+            self.factors |= self._of_parameters(module, held, facts)
         mapping = align(self.factors, reference.headers, facts.stored_names)
         transposed = set(align(facts.transposed, reference.headers, facts.stored_names).values())
         for name, target in mapping.items():
@@ -253,22 +263,52 @@ class LoraAdapter(Adapter):
             if facts.linear and factors.form == "linear" and factors.transposed != turned:
                 self.factors[name] = replace(factors, transposed=turned, shape=factors.shape[::-1])
 
-    def _name_parameters(self, module: str, facts: Architecture) -> None:
-        wanted, held = self._targets(module), self._bare[module]
+    def split(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
+        """Tell the changes of parameters that stack experts' matrices as changes of what a checkpoint stores them in.
+
+        Args:
+            parts: name in a checkpoint → the stacked parameter, which of its experts, and which rows of it.
+
+        """
+        stacks = [
+            name for name, factors in self.factors.items() if factors.form == "stacked" and not factors.transposed
+        ]
+        own_names = {stack: own for own, stack in align(stacks, {stack for stack, *_ in parts.values()}).items()}
+        for name, (stack, index, rows) in parts.items():
+            if stack in own_names:
+                whole, span = self.factors[own_names[stack]], (rows.start, rows.stop)
+                shape = span[1] - span[0], whole.shape[2]
+                self.factors[name] = replace(whole, shape=shape, form="expert", index=index, rows=span)
+        for own in own_names.values():
+            del self.factors[own]
+            self._perhaps_bare.pop(own.rpartition(".")[0], None)
+
+    def _of_parameters(self, module: str, held: list[dict[str, str]], facts: Architecture) -> dict[str, Factors]:
+        """Return the factors of a module's parameters that target_parameters names, or of the module.
+
+        A target without its module, as PEFT writes them for all linear modules of a mixture of experts, is an ending of any
+        module's parameters: which are there the base tells.
+        """
+        wanted = self._targets(module)
         known = {
             name.rpartition(".")[2]: stack
             for name, stack in facts.stacked.items()
             if f".{module}".endswith(f".{name.rpartition('.')[0]}") or name.rpartition(".")[0].endswith(f".{module}")
         }
         leaves = [leaf for leaf in known if leaf in wanted]
-        if len(leaves) != len(held):
-            raise CheckpointError(
-                f"{self.checkpoint.source.spec!r} changes {module}.{wanted[0]} (target_parameters), which is no weight of "
-                "experts that this version of transformers knows in its base. Merge it into its base with PEFT's "
-                "merge_and_unload() and use the full checkpoint"
-            )
-        for leaf, pair in zip(leaves, held, strict=True):
-            self.factors[f"{module}.{leaf}"] = self._stack(pair, f"{module}.{leaf}", *known[leaf])
+        if len(leaves) == len(held):
+            named = zip(leaves, held, strict=True)
+            return {f"{module}.{leaf}": self._stack(pair, f"{module}.{leaf}", *known[leaf]) for leaf, pair in named}
+        own, alone = f"{module}.weight", len(held) == 1 and not leaves
+        if alone and "weight" in wanted:
+            return {own: self._matrix(held[0], own, "parameter")}
+        if alone and set(wanted) <= set(self.options["target_parameters"]):
+            return {own: self._of_module(module, False, held[0])}
+        raise CheckpointError(
+            f"{self.checkpoint.source.spec!r} changes {module}.{wanted[0]} (target_parameters), which is no weight of "
+            "experts that this version of transformers knows in its base. Merge it into its base with PEFT's "
+            "merge_and_unload() and use the full checkpoint"
+        )
 
     def _targets(self, module: str) -> list[str]:
         """Return the parameters of a module that `target_parameters` names."""
@@ -298,7 +338,7 @@ class LoraAdapter(Adapter):
             raise self._no_product(name, a, b)
         matrix = (a[1], b[0]) if transposed else (b[0], a[1])
         scale = self._scale(name, a[0] // count)
-        return Factors(pair["B"], pair["A"], scale, (count, *matrix), transposed, "stacked")
+        return Factors(pair["B"], pair["A"], scale, (count, *matrix), transposed, "stacked", count)
 
     def _no_product(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(

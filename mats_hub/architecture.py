@@ -166,11 +166,24 @@ def stored_experts(model: Any) -> dict[str, tuple[str, int, slice]]:
         count, rows = parameter.shape[:2]  # every row is numbered, and the numbers followed through the renaming
         numbers = torch.arange(count * rows, dtype=torch.float64).reshape(count, rows, 1)
         for other, part in revert_weight_conversion(model, {name: numbers}).items():
-            held = part.flatten().long().tolist()
-            start = held[0] % rows
-            if part.dim() == 2 and held == list(range(held[0], held[0] + len(held))) and start + len(held) <= rows:
-                found[other] = name, held[0] // rows, slice(start, start + len(held))
+            held = part.flatten()
+            index, start = divmod(int(held[0]), rows)
+            together = torch.equal(held, torch.arange(len(held), dtype=held.dtype) + held[0])
+            if part.dim() == 2 and together and start + len(held) <= rows:
+                found[other] = name, index, slice(start, start + len(held))
     return found
+
+
+def stored_experts_of(config: Mapping[str, Any]) -> dict[str, tuple[str, int, slice]]:
+    """Return the same for the model a config describes; nothing for one that transformers does not know."""
+    return _stored_experts_of(json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=2)
+def _stored_experts_of(config_text: str) -> dict[str, tuple[str, int, slice]]:
+    config = json.loads(config_text)
+    model = _skeleton(config, (config.get("architectures") or [""])[0])
+    return {} if model is None else stored_experts(model)
 
 
 def vector_of(weight: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter, open_adapter
-from mats_hub.architecture import Architecture, align, describe
+from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter, LoraAdapter, open_adapter
+from mats_hub.architecture import Architecture, align, describe, stored_experts_of
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
 from mats_hub.source import Source
@@ -74,6 +74,12 @@ class Expert:
     def architecture(self) -> Architecture:
         """What its config says of its tensors."""
         return describe(self.config)
+
+    def split_experts(self, reference: Checkpoint) -> None:
+        """Where an adapter changes parameters that stack experts' matrices, and the reference has them one by one, name those."""
+        if isinstance(self.adapter, LoraAdapter) and any(name in self.adapter.factors for name in self.extra):
+            self.adapter.split(stored_experts_of(reference.config))
+            self.align_to(reference)
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of the weight behind one of its own names."""

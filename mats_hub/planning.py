@@ -57,6 +57,7 @@ def make_plan(recipe: Recipe, token: str | bool | None = None, stream: bool = Fa
     for expert in plan.experts:
         try:
             expert.align_to(reference)
+            expert.split_experts(reference)
         except MatsError as error:
             plan.problems.append(error)
     if not plan.problems:

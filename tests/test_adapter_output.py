@@ -174,6 +174,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
         {"rslora": True},
         {"alpha_pattern": {"experts.down_proj": 3}, "rank_pattern": {"experts.down_proj": 2}},
     ),
+    "stacked, all linear modules": (tiny_mixtral, CAUSAL | ALL, {}, {"r": 2}),
     "stacked, transposed": (tiny_gpt_oss, CAUSAL | at(*EXPERTS), {}, {"r": 2}),
     "stacked, transposed, first": (tiny_gpt_oss, CAUSAL | at(EXPERTS[0]), {}, {"r": 2}),
     "stacked, transposed, one each": (tiny_gpt_oss, CAUSAL, at(EXPERTS[1]), at(EXPERTS[0])),
@@ -834,6 +835,15 @@ def test_the_full_merge_with_the_same_options_is_the_same_model(measured, title,
     full = mats_hub.merge(made.entries(WEIGHTS), base=made.base, format="full", **options)
     theirs = full.load("e0" if family == "bert" else None, dtype="float64").state_dict()
     assert_near(made.changes(made.adapted(tmp_path / "merged")), minus(theirs, made.before), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["stacked, all linear modules", "stacked, one each"])
+def test_stacked_factors_are_merged_into_experts_that_are_stored_one_by_one(case, name, tmp_path):
+    made = case(name)
+    full = mats_hub.merge(made.experts, base=made.base, method="task_arithmetic", scale=0.6, format="full")
+    assert any(".experts.2.w3." in record.key for record in full.report.tensors)
+    theirs = models.state(base_model(full.folder, made.class_name))
+    assert_near(minus(theirs, made.before), made.dense([0.6] * len(made.deltas)), 1e-12)
 
 
 @pytest.mark.parametrize(("method", "options"), [("ties", {"density": 0.5}), ("dare", {"density": 0.7}), ("mats", {})])

@@ -55,6 +55,7 @@ def expert_of(folder: Path, base: Path | None = None) -> Expert:
     expert = Expert(source, source.name)
     if base is not None:
         expert.align_to(checkpoint(base))
+        expert.split_experts(checkpoint(base))
     return expert
 
 
@@ -585,6 +586,12 @@ LORA: dict[str, tuple[Any, dict[str, Any], int]] = {
         {"target_modules": [], "target_parameters": ["q_proj.weight"], "task_type": "CAUSAL_LM"},
         2,
     ),
+    "experts": (tiny_mixtral, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}, 2 * (4 + 1 + 3 * 3)),
+    "second matrix of the experts": (
+        tiny_mixtral,
+        {"target_modules": ["k_proj"], "target_parameters": ["down_proj"], "task_type": "CAUSAL_LM", "rslora": True},
+        2 * (1 + 3),
+    ),
     "t5": (tiny_t5, {"target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}, 16),
     "vit": (tiny_vit, {"target_modules": "all-linear", "task_type": None, "modules_to_save": ["classifier"]}, 12),
     "Conv1D": (
@@ -631,9 +638,8 @@ def test_lora_deltas_are_pefts_merged_weights_minus_the_base(tmp_path: Path, nam
         if low_rank:
             assert expert.delta(key, origin).dense().abs().max() > 1e-3, "the adapter has an effect"
     assert expert.adapter.base == str(tmp_path / "base")
-    ranks = {
-        len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")[f.A]) for f in expert.adapter.factors.values()
-    }
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {len(factors[f.A]) // f.count for f in expert.adapter.factors.values()}
     assert expert.kind == f"LoRA adapter (rank {max(ranks)})"
     for own in expert.extra:
         assert torch.equal(
