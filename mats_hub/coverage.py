@@ -88,6 +88,12 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
         names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
+        # A tied weight may be measured under a name that a checkpoint does not have.
+        tied = {
+            alias: name for alias, name in expert.architecture.tied.items() if alias in covered and alias not in names
+        }
+        stored = align(tied.values(), plan.reference.headers, stored_names)
+        names |= {alias: stored[name] for alias, name in tied.items() if name in stored}
         strangers = [name for name in covered if name not in names and name not in expert.extra]
         if strangers and not expert.adapter:
             plan.problems.append(

@@ -110,3 +110,21 @@ def test_lora_adapters(family, tmp_path):
         [str(a) for a in adapters], base=str(tmp_path / "base"), method="mats", iterations=5
     ).report.solved
     assert len(solved) == sum(delta.abs().max() > 1e-6 for delta in deltas[0].values() if delta.dim() == 2)
+
+
+def test_a_tied_weight_may_be_measured_under_a_name_that_is_not_stored(tmp_path):
+    """CamemBERT's head comes before its embeddings, so that torch calls the weight they share by the head's name."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.CamembertConfig(**shape, vocab_size=models.VOCABULARY, is_decoder=True, pad_token_id=0)
+    with models.seeded(0):
+        base = transformers.CamembertForCausalLM(config)
+    models.save(base, tmp_path / "base", "bert")
+    experts = []
+    for seed in (1, 2):
+        folder = models.save(models.perturbed(base, seed), tmp_path / f"e{seed}", "bert")
+        statistics(folder, TEXTS, modules="all")
+        experts.append(str(folder))
+    merged = mats_hub.merge(experts, base=str(tmp_path / "base"), method="mats", iterations=3)
+    shared = "roberta.embeddings.word_embeddings.weight"
+    assert shared in load_file(merged.folder / "model.safetensors")
+    assert shared in {record.key for record in merged.report.solved}
