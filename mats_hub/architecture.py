@@ -103,15 +103,22 @@ def _described(config: dict[str, Any]) -> Architecture:
         transposed=weights_of(Conv1D),
         stored_names=stored_names,
         linear=weights_of(torch.nn.Linear, Conv1D),
-        stacked={
-            f"{name}.{leaf}": (len(parameter), bool(getattr(module, "is_transposed", False)))
-            for name, module in model.named_modules()
-            for leaf, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() == 3 and leaf != "weight"
-        },
+        stacked=stacked_parameters(model),
         vocabulary=_vocabulary(model),
         shapes={stored_names.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
+
+
+def stacked_parameters(model: Any) -> dict[str, tuple[int, bool]]:
+    """Return the parameters that stack the matrices of several experts → how many, and whether each is ``[in, out]``."""
+    from torch import nn
+
+    return {
+        f"{name}.{leaf}".removeprefix("."): (len(parameter), bool(getattr(module, "is_transposed", False)))
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+    }
 
 
 def _vocabulary(model: Any) -> frozenset[str]:
@@ -160,10 +167,10 @@ def stored_experts(model: Any) -> dict[str, tuple[str, int, slice]]:
     import torch
 
     found: dict[str, tuple[str, int, slice]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() != 3 or name.endswith(".weight"):
-            continue
-        count, rows = parameter.shape[:2]  # every row is numbered, and the numbers followed through the renaming
+    for name in stacked_parameters(model):
+        count, rows = model.get_parameter(name).shape[
+            :2
+        ]  # every row is numbered, and the numbers followed through the renaming
         numbers = torch.arange(count * rows, dtype=torch.float64).reshape(count, rows, 1)
         for other, part in revert_weight_conversion(model, {name: numbers}).items():
             held = part.flatten()
@@ -195,6 +202,22 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", True))
 
 
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """Return transformers' object of a config.json's content; raises whatever its kind of model finds wrong with it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_with_floats(dict(config)))
+
+
+def _with_floats(value: Any) -> Any:
+    """Put the floats that JSON does not have in the place of what transformers writes for them."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {name: _with_floats(held) for name, held in value.items()}
+    return [_with_floats(held) for held in value] if isinstance(value, list) else value
+
+
 def _skeleton(config: dict[str, Any], class_name: str) -> Any:
     import torch
     import transformers
@@ -204,7 +227,7 @@ def _skeleton(config: dict[str, Any], class_name: str) -> Any:
         return None
     assert model_class is not None
     try:
-        parsed = transformers.AutoConfig.for_model(**config)
+        parsed = transformers_config(config)
         with torch.device("meta"):
             return model_class(parsed)
     except Exception:  # a config this version of transformers cannot build: every fact stays unknown

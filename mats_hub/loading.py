@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.adapter import FoldedAdapter
-from mats_hub.architecture import describe
+from mats_hub.architecture import describe, transformers_config
 from mats_hub.bundle import BUNDLE_FILE, Bundle
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
@@ -220,10 +220,8 @@ def _model_class(name: str) -> Any:
 
 
 def _config(content: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.for_model(**content)
+        return transformers_config(content)
     except Exception as error:  # each kind of model checks its config in its own way
         raise CheckpointError(
             f"transformers cannot make a config of model type {content.get('model_type')!r}: {str(error)[:200]}. Update "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mats_hub.architecture import align, describe
+from mats_hub.architecture import align, describe, transformers_config
 from mats_hub.errors import IncompatibleExperts
 from mats_hub.plan import Plan
 from mats_hub.source import Source
@@ -45,12 +45,10 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with what transformers takes for the fields that it leaves out."""
-    from transformers import AutoConfig
-
     if not config.get("model_type"):
         return dict(config)
     try:
-        return dict(AutoConfig.for_model(**config).to_dict())
+        return dict(transformers_config(config).to_dict())
     except Exception:  # not a config of this version of transformers: compared as it is written
         return dict(config)
 

@@ -32,7 +32,7 @@ from models import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTImageProcessor
+from transformers import Mamba2Config, ViTImageProcessor
 
 from mats_hub.adapter import LoraAdapter, open_adapter
 from mats_hub.architecture import Architecture, _described, align, describe
@@ -357,6 +357,17 @@ def test_describe(family: str) -> None:
 def test_describe_of_what_transformers_does_not_know_is_empty(config: dict[str, Any]) -> None:
     found = describe(config)
     assert (found.prefix, found.tied, found.transposed, found.stored_names) == ("", {}, frozenset(), {})
+
+
+def test_facts_of_a_config_with_an_infinite_number(tmp_path: Path) -> None:
+    """JSON has none, so that transformers writes an object in its place: in every config of a Mamba-2."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 8, "head_dim": 4, "n_groups": 1, "state_size": 4}
+    config = Mamba2Config(**shape)
+    config.architectures = ["Mamba2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert "backbone.layers.0.mixer.in_proj.weight" in describe(content).shapes
 
 
 def test_facts_are_kept_for_the_next_process(tmp_path: Path) -> None:

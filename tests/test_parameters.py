@@ -86,6 +86,13 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "Gemma": (made("GemmaForCausalLM", "GemmaConfig", **GROUPED), "tokens", ""),
     "Gemma 3": (made("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, **SLIDING), "tokens", ""),
     "Mixtral": (tiny_mixtral, "tokens", ""),
+    "JetMoe": (
+        made("JetMoeForCausalLM", "JetMoeConfig", **TEXT, kv_channels=8, num_local_experts=3, num_experts_per_tok=2),
+        "tokens", "bias",
+    ),
+    "Phi-MoE": (
+        made("PhimoeForCausalLM", "PhimoeConfig", **GROUPED, num_local_experts=3, num_experts_per_tok=2), "tokens", ""
+    ),
     "gpt-oss": (tiny_gpt_oss, "tokens", "sinks|router.bias|proj_bias"),
     "ViT": (models.tiny_vit, "image", "cls_token|position_embeddings"),
     "ResNet": (tiny_resnet, "image", ""),
@@ -298,7 +305,7 @@ def form(curvature: Curvature, V: Tensor, turned: bool, made: Any, parameter: st
         and type(made.model).__name__ == "GptOssForCausalLM"
     )
     V = V.mT if turned or transposed_stack else V
-    V = V.flatten(1) if V.dim() > 2 and "experts" not in parameter else V
+    V = V.flatten(1) if V.dim() > 2 and made.sums.uses[parameter][0][0] != "experts" else V
     return float((V.double() * curvature.matvec(V).double()).sum())
 
 
@@ -308,7 +315,11 @@ def expert_outputs(model: Any, examples: list[dict[str, Tensor]], parameter: str
     turned = type(model).__name__ == "GptOssForCausalLM"
     total = 0.0
     for _, experts, given, named, _ in calls(model, examples, [where]):
-        states, index = (value.detach() for value in (*given, *named.values())[:2])
+        states, index = (*given, *named.values())[:2]
+        if isinstance(index, list):  # the tokens are sorted by their expert, and this is how many each has
+            for rows, matrix in zip(states.split(index), V, strict=True):
+                total += float((rows @ matrix.T).detach().double().square().sum())
+            continue
         states = states.reshape(-1, states.shape[-1])
         for expert in range(len(V)):
             rows = states[(index.reshape(len(states), -1) == expert).any(-1)]

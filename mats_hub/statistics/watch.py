@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from mats_hub.architecture import stacked_parameters
 from mats_hub.errors import StatisticsError
 from mats_hub.statistics.accumulate import Sums
 
@@ -35,10 +36,27 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen:
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen and _is_product(module):
             found[name] = module
             seen.add(id(module.weight))
     return found
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
+    """Tell whether what a linear module puts out is rows of its width: some models' own multiply by blocks, or choose experts."""
+    if type(module).__module__.startswith(("torch.", "transformers.pytorch_utils")) or not isinstance(
+        module, nn.Linear
+    ):
+        return True
+    weight = module.weight
+    if not weight.is_floating_point() or weight.is_meta or weight.shape != (module.out_features, module.in_features):
+        return True  # stored in its quantizer's own way
+    try:
+        found = module(weight.new_ones(1, 1, module.in_features))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return isinstance(found, Tensor) and found.shape == (1, 1, module.out_features)
 
 
 def transposed_modules(model: nn.Module) -> list[str]:
@@ -92,6 +110,7 @@ class Watch(TorchFunctionMode):
         self.led_by: dict[str, set[str]] = {}
 
     def __enter__(self) -> Watch:
+        self._stacked = stacked_parameters(self._model)
         hooked: set[int] = set()
         linear = linear_modules(self._model)
         for name, module in self._model.named_modules():
@@ -153,7 +172,7 @@ class Watch(TorchFunctionMode):
         def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if self._trial:
                 self.out_widths[name] = gradients_of(output).shape[-1]
-            else:
+            elif output.requires_grad:  # some models choose without gradients what to attend to
                 output.register_hook(lambda g: self._sums.add_outputs(name, gradients_of(g)))
 
         if not self._wanted(*names.values()):
@@ -211,7 +230,7 @@ class Watch(TorchFunctionMode):
             if self._trial:
                 return None
             sums.add(f"{name}.weight.input_squares", rows.square().sum(0))
-            if not self._gradients:
+            if not self._gradients or not torch.is_grad_enabled():
                 return None
 
             def on_gradient(g: Tensor) -> None:
@@ -246,7 +265,8 @@ class Watch(TorchFunctionMode):
         if func is nn.functional.embedding:
             return self._on_look_up(args[0], args[1], result)
         if func in PRODUCTS and isinstance(args[1], Tensor):
-            return self._on_product(args[0], args[1], result)
+            weight = args[1] if func is nn.functional.linear else args[1].mT if args[1].dim() > 1 else args[1]
+            return self._on_product(args[0], weight, result)
         return result
 
     def _on_look_up(self, ids: Tensor, weight: Tensor, result: Tensor) -> Tensor:
@@ -295,21 +315,29 @@ class Watch(TorchFunctionMode):
         sums.use(name, "linear" if index is None else "experts", module)
         if not self._trial:
             sums.add_rows(f"{module}.input_gram", rows, index, count)
-        if self._gradients and not tied and result.shape[-1] <= MAX_FEATURES:
+        if self._gradients and torch.is_grad_enabled() and not tied and result.shape[-1] <= MAX_FEATURES:
             result = result if result.requires_grad else result.detach().requires_grad_().clone()
             result.register_hook(lambda g: sums.add_rows(f"{module}.output_gram", self._unmasked(g), index, count))
         return result
 
     def _matrix(self, weight: Tensor) -> tuple[str, int | None, int] | None:
-        """Return the parameter that a matrix is, or which matrix it is of a stack of how many; None for any other."""
+        """Return the parameter that a matrix ``[out, in]`` is, or which matrix it is of a stack of how many.
+
+        None for any other, and for one that is stored in another way than its architecture says.
+        """
         if weight.dim() != 2:
             return None
         if weight.data_ptr() in self._bare:
             name, parameter = self._bare[weight.data_ptr()]
             if parameter.dim() == 2:
-                return (name, None, 0) if parameter.shape == weight.shape else None
+                return (
+                    (name, None, 0)
+                    if (weight.shape, weight.stride()) == (parameter.shape, parameter.stride())
+                    else None
+                )
         for name, stack in self._bare.values():
-            if stack.dim() == 3 and stack.shape[1:] in (weight.shape, weight.T.shape):
+            held = weight.T if self._stacked.get(name, (0, False))[1] else weight
+            if stack.dim() == 3 and (held.shape, held.stride()) == (stack.shape[1:], stack.stride()[1:]):
                 offset, step = weight.data_ptr() - stack.data_ptr(), stack.stride(0) * stack.element_size()
                 if 0 <= offset < len(stack) * step and offset % step == 0:
                     return name, offset // step, len(stack)
@@ -356,7 +384,7 @@ class Watch(TorchFunctionMode):
 
 def has_experts(model: nn.Module) -> bool:
     """Tell whether some parameter stacks the matrices of several experts, which see tokens without their place."""
-    return any(p.dim() == 3 and len(p) > 1 and not name.endswith(".weight") for name, p in model.named_parameters())
+    return any(count > 1 for count, _ in stacked_parameters(model).values())
 
 
 def _unfolded(module: nn.Module, x: Tensor) -> Tensor:
