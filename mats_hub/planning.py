@@ -342,7 +342,8 @@ def _kept_extra(plan: Plan, expert: Expert) -> list[str]:
             plan.problems.append(
                 IncompatibleExperts(
                     f"adapter {expert.name!r} changes {own!r}, which {plan.reference.source.spec!r} does not have; "
-                    "is it an adapter of another base?"
+                    "is it an adapter of another base? If that base stores several weights of its model as one, merge its "
+                    "adapters into an adapter (--format adapter)"
                 )
             )
         elif expert.checkpoint.headers[expert.whole[own]].is_float:
