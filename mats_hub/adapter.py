@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
+
+import torch
 
 from mats_hub.architecture import Architecture, align
 from mats_hub.checkpoint import Checkpoint, check_fields
@@ -171,6 +173,8 @@ class LoraAdapter(Adapter):
 
     Attributes:
         factors: weight name in the model → its factors.
+        joined: tensor that a checkpoint makes of the rows of several weights → those rows, in order: the factors of their weight,
+            None where the adapter does not change it, the first, and the one behind the last.
 
     Raises:
         CheckpointError: a tensor that is not known, or factors that do not belong together.
@@ -182,6 +186,7 @@ class LoraAdapter(Adapter):
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         super().__init__(checkpoint, options)
         self.factors: dict[str, Factors] = {}
+        self.joined: dict[str, list[tuple[Factors | None, int, int]]] = {}
         pairs: dict[tuple[str, bool], dict[str, str]] = {}
         for name in checkpoint.headers:
             module = name.removeprefix("base_model.model.")
@@ -213,29 +218,51 @@ class LoraAdapter(Adapter):
     @property
     def changed(self) -> Collection[str]:
         """The weights it has factors for; those that `target_parameters` may name once `settle` has told which they are."""
-        return self.factors
+        return {**self.factors, **self.joined}.keys()
 
     @property
     def description(self) -> str:
         """What it is, with the largest rank of its factors."""
-        return f"LoRA adapter (rank {max((self.rank(name) for name in self.factors), default=0)})"
+        return f"LoRA adapter (rank {max((self.rank(name) for name in self.changed), default=0)})"
 
     def rank(self, own: str) -> int:
         """Return the rank of one weight's delta."""
-        factors = self.factors[own]
-        return self.checkpoint.headers[factors.A].shape[0] // factors.count
+        return sum(self.checkpoint.headers[factors.A].shape[0] // factors.count for factors in self._all_factors(own))
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of a weight it changes, as it is stored."""
+        if own in self.joined:
+            rows = sum(stop - start for _, start, stop in self.joined[own])
+            return rows, *self._all_factors(own)[0].shape[1:]
         return self.factors[own].shape
 
     def files(self, own: str) -> tuple[str, ...]:
         """Return the names of one weight's factors in the file."""
-        return self.factors[own].B, self.factors[own].A
+        return tuple(name for factors in self._all_factors(own) for name in (factors.B, factors.A))
 
     def delta(self, own: str) -> LowRankDelta:
         """Return scale · B A of one weight."""
-        factors = self.factors[own]
+        if own not in self.joined:
+            return self._product(self.factors[own])
+        products = {factors: self._product(factors) for factors in self._all_factors(own)}
+        A = torch.cat([_at_least_float32(product.A) for product in products.values()])
+        B, row = A.new_zeros(self.shape(own)[0], len(A)), 0
+        columns = dict(zip(products, accumulate((len(p.A) for p in products.values()), initial=0), strict=False))
+        for factors, start, stop in self.joined[own]:
+            if factors is not None:
+                product, column = products[factors], columns[factors]
+                part = product.scale * _at_least_float32(product.B[start:stop])
+                B[row : row + stop - start, column : column + len(product.A)] = part
+            row += stop - start
+        return LowRankDelta(B, A, 1.0)
+
+    def _all_factors(self, own: str) -> list[Factors]:
+        """Return the factors that make one weight's delta, each once."""
+        if own not in self.joined:
+            return [self.factors[own]]
+        return list(dict.fromkeys(factors for factors, *_ in self.joined[own] if factors is not None))
+
+    def _product(self, factors: Factors) -> LowRankDelta:
         names, B, A = self._read
         if names != (factors.B, factors.A):
             B, A = self.checkpoint.tensor(factors.B), self.checkpoint.tensor(factors.A)
@@ -280,6 +307,23 @@ class LoraAdapter(Adapter):
                 shape = span[1] - span[0], whole.shape[2]
                 self.factors[name] = replace(whole, shape=shape, form="expert", index=index, rows=span)
         for own in own_names.values():
+            del self.factors[own]
+            self._perhaps_bare.pop(own.rpartition(".")[0], None)
+
+    def join(self, rows: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
+        """Tell the changes of weights whose rows a checkpoint puts together as changes of what it stores.
+
+        Args:
+            rows: as `Architecture.joined`.
+
+        """
+        linear = [name for name, factors in self.factors.items() if factors.form == "linear" and not factors.transposed]
+        own_names = align(linear, {source for runs in rows.values() for source, *_ in runs})
+        sources = {source: self.factors[own] for own, source in own_names.items()}
+        for name, runs in rows.items():
+            if any(source in sources for source, *_ in runs):
+                self.joined[name] = [(sources.get(source), start, stop) for source, start, stop in runs]
+        for own in own_names:
             del self.factors[own]
             self._perhaps_bare.pop(own.rpartition(".")[0], None)
 

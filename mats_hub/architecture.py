@@ -6,14 +6,19 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+MAX_RUNS = 64
+"""Of more pieces than this no tensor is told to be made."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Architecture:
         linear: weights of linear modules (Linear, Conv1D).
         stacked: parameters that stack the matrices of several experts, in the order of their modules → how many there
             are, and whether each is ``[in, out]``.
+        joined: tensors that a checkpoint makes of the rows of several parameters, or of one's in another order → those rows, in
+            order: of which parameter, the first, and the one behind the last.
         vocabulary: tensors whose rows are the vocabulary's tokens: embeddings, and the head and the bias over tokens.
         shapes: every tensor's shape, by its name in a checkpoint; tied ones are named too.
 
@@ -44,6 +51,7 @@ class Architecture:
     stored_names: Mapping[str, str] = field(default_factory=dict)
     linear: frozenset[str] = frozenset()
     stacked: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     vocabulary: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -104,6 +112,7 @@ def _described(config: dict[str, Any]) -> Architecture:
         stored_names=stored_names,
         linear=weights_of(torch.nn.Linear, Conv1D),
         stacked=stacked_parameters(model),
+        joined=joined_rows(model),
         vocabulary=_vocabulary(model),
         shapes={stored_names.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
@@ -151,6 +160,39 @@ def _stored_names(model: Any) -> dict[str, str]:
     pairs = ((names.get(id(tensor)), name) for name, tensor in stored.items())
     found = {name: other for name, other in pairs if name is not None and name != other}
     return found | {vector_of(name): vector_of(other) for name, other in found.items() if name.endswith(".weight")}
+
+
+def joined_rows(model: Any) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """Return `Architecture.joined` of a model: all rows are numbered, and the numbers followed through the renaming."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    import torch
+
+    numbers: dict[str, Any] = {}
+    firsts: list[int] = []
+    count = 0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() in (1, 2):
+            rows = torch.arange(count, count + len(parameter), dtype=torch.float64)
+            numbers[name] = rows.reshape(-1, *(1 for _ in parameter.shape[1:]))
+            firsts.append(count)
+            count += len(parameter) + 1  # one is left out, so that no run of numbers goes on into the next
+    names, found = list(numbers), {}
+    for other, part in revert_weight_conversion(model, dict(numbers)).items():
+        held = part.flatten()
+        breaks = torch.nonzero(held.diff() != 1).flatten()
+        if len(part) != len(held) or len(breaks) >= MAX_RUNS:
+            continue
+        edges, runs = [0, *(int(edge) + 1 for edge in breaks), len(held)], []
+        for start, stop in pairwise(edges):
+            at = bisect_right(firsts, int(held[start])) - 1
+            first = int(held[start]) - firsts[at]
+            runs.append((names[at], first, first + stop - start))
+        if len(runs) > 1 or runs[0][2] - runs[0][1] < len(numbers[runs[0][0]]):
+            found[other] = tuple(runs)
+    return found
 
 
 def stored_experts(model: Any) -> dict[str, tuple[str, int, slice]]:

@@ -84,7 +84,11 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
         known, headers = describe(plan.reference.config).linear, plan.reference.headers
         linear = align(known, headers).values() if known else headers
         return [{key: key for key in linear if len(headers[key].shape) == 2} for _ in plan.experts]
-    stored_names = describe(plan.reference.config).stored_names
+    facts = describe(plan.reference.config)
+    stored_names = facts.stored_names
+    parts = {
+        source for runs in facts.joined.values() for source, *_ in runs
+    }  # of tensors that a checkpoint stores as one
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
         names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
@@ -94,7 +98,7 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
         }
         stored = align(tied.values(), plan.reference.headers, stored_names)
         names |= {alias: stored[name] for alias, name in tied.items() if name in stored}
-        strangers = [name for name in covered if name not in names and name not in expert.extra]
+        strangers = [name for name in covered if not (name in names or name in expert.extra or name in parts)]
         if strangers and not expert.adapter:
             plan.problems.append(
                 StatisticsMismatch(

@@ -75,11 +75,15 @@ class Expert:
         """What its config says of its tensors."""
         return describe(self.config)
 
-    def split_experts(self, reference: Checkpoint) -> None:
-        """Where an adapter changes parameters that stack experts' matrices, and the reference has them one by one, name those."""
-        if isinstance(self.adapter, LoraAdapter) and any(name in self.adapter.factors for name in self.extra):
+    def name_as_stored(self, reference: Checkpoint) -> None:
+        """Name what an adapter changes as the reference stores it: experts' matrices one by one, several weights as one."""
+        if not isinstance(self.adapter, LoraAdapter):
+            return
+        joined = describe(reference.config).joined
+        if any(name in self.adapter.factors and self.adapter.factors[name].form == "stacked" for name in self.extra):
             self.adapter.split(stored_experts_of(reference.config))
-            self.align_to(reference)
+        self.adapter.join(joined)
+        self.align_to(reference)
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of the weight behind one of its own names."""
@@ -126,7 +130,7 @@ class Expert:
         if self.config:
             return self.config
         config = dict(base_config)
-        heads = [self.shape(own) for own in self.extra if own.rsplit(".", 1)[-1] == "weight"]
+        heads = [self.shape(own) for own in self.extra if own in self.whole and own.endswith(".weight")]
         if self.adapter.options.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and heads:
             count = heads[-1][0]
             config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}

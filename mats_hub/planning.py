@@ -57,7 +57,8 @@ def make_plan(recipe: Recipe, token: str | bool | None = None, stream: bool = Fa
     for expert in plan.experts:
         try:
             expert.align_to(reference)
-            expert.split_experts(reference)
+            if plan.recipe.output.format == "full":
+                expert.name_as_stored(reference)
         except MatsError as error:
             plan.problems.append(error)
     if not plan.problems:

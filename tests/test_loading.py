@@ -55,7 +55,7 @@ def expert_of(folder: Path, base: Path | None = None) -> Expert:
     expert = Expert(source, source.name)
     if base is not None:
         expert.align_to(checkpoint(base))
-        expert.split_experts(checkpoint(base))
+        expert.name_as_stored(checkpoint(base))
     return expert
 
 
@@ -518,6 +518,14 @@ def tiny_mixtral(folder: Path | None = None, seed: int = 0) -> Any:
     return _made("MixtralForCausalLM", "MixtralConfig", MIXTURE, folder, seed, tiny_tokenizer("llama"))
 
 
+def tiny_nomic_bert(folder: Path | None = None, seed: int = 0) -> Any:
+    """Return a classifier whose query, key and value are stored as one weight."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = shape | {"max_position_embeddings": 32, "num_labels": 2}
+    name = "NomicBertForSequenceClassification"
+    return _made(name, "NomicBertConfig", settings, folder, seed, tiny_tokenizer("bert"))
+
+
 def tiny_gpt_oss(folder: Path | None = None, seed: int = 0) -> Any:
     """Return a language model whose experts are stacked ``[expert, in, out]``."""
     own = {"head_dim": 4, "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
@@ -603,6 +611,16 @@ LORA: dict[str, tuple[Any, dict[str, Any], int]] = {
         {"target_modules": ["k_proj"], "target_parameters": ["down_proj"], "task_type": "CAUSAL_LM", "rslora": True},
         2 * (1 + 3),
     ),
+    "weights stored as one": (
+        tiny_nomic_bert,
+        {"target_modules": "all-linear", "rank_pattern": {"v_proj": 2}},
+        2 * 5 + 1,
+    ),
+    "two of three weights stored as one": (
+        tiny_nomic_bert,
+        {"target_modules": ["q_proj", "v_proj"], "rslora": True},
+        2,
+    ),
     "t5": (tiny_t5, {"target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}, 16),
     "vit": (tiny_vit, {"target_modules": "all-linear", "task_type": None, "modules_to_save": ["classifier"]}, 12),
     "Conv1D": (
@@ -637,20 +655,19 @@ def test_lora_deltas_are_pefts_merged_weights_minus_the_base(tmp_path: Path, nam
     expected = {key: merged_names.whole_tensor(own) for key, own in merged_names.names.items()}
     expert = expert_of(tmp_path / "adapter", tmp_path / "base")
     assert expert.adapter is not None
-    assert len(expert.adapter.factors) == count
-    assert set(expert.adapter.factors) <= set(expert.names.values()), "every factor has its weight in the base"
+    assert len(expert.adapter.changed) == count
+    assert set(expert.adapter.changed) <= set(expert.names.values()), "every factor has its weight in the base"
     changed = assert_deltas(expert, tmp_path / "base", expected)
     assert changed >= count
     for key, own in expert.names.items():
         origin = checkpoint(tmp_path / "base").tensor(key)
         low_rank = isinstance(expert.delta(key, origin), LowRankDelta)
-        assert low_rank == (own in expert.adapter.factors)
+        assert low_rank == (own in expert.adapter.changed)
         assert expert.shape(own) == tuple(origin.shape)
         if low_rank:
             assert expert.delta(key, origin).dense().abs().max() > 1e-3, "the adapter has an effect"
     assert expert.adapter.base == str(tmp_path / "base")
-    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    ranks = {len(factors[f.A]) // f.count for f in expert.adapter.factors.values()}
+    ranks = [expert.adapter.delta(own).A.shape[-2] for own in expert.adapter.changed]
     assert expert.kind == f"LoRA adapter (rank {max(ranks)})"
     for own in expert.extra:
         assert torch.equal(

@@ -16,10 +16,10 @@ import models
 import pytest
 import torch
 import transformers
-from test_loading import tiny_gpt_oss, tiny_mixtral, tiny_resnet, tiny_whisper
+from test_loading import tiny_gpt_oss, tiny_mixtral, tiny_nomic_bert, tiny_resnet, tiny_whisper
 from torch import Tensor, nn
 
-from mats_hub.architecture import stored_experts
+from mats_hub.architecture import joined_rows, stored_experts
 from mats_hub.curvature import Curvature
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.statistics import Provenance, Statistics, Sums
@@ -425,3 +425,23 @@ def test_what_a_curvature_holds_is_known_before_it_is_made() -> None:
                 held = sum(v.numel() for term in terms for v in vars(term).values() if isinstance(v, Tensor))
                 assert found.entries(parameter, kind) >= held, (parameter, kind)
                 assert found.entries(parameter, kind) <= held + 1
+
+
+def test_weights_that_a_checkpoint_stores_as_one_have_their_rows_sums() -> None:
+    model, examples = tiny_nomic_bert(seed=3), examples_of("label")
+    apart, sums = measure(model, examples), measure(model, examples)
+    for found in (apart, sums):
+        found.narrow()
+    joined = joined_rows(model)
+    assert set(joined) == {f"nomic_bert.encoder.layers.{layer}.attn.Wqkv.weight" for layer in range(2)}
+    sums.join_rows(joined)
+    assert not {source for runs in joined.values() for source, *_ in runs} & {*sums.uses}
+    whole, parts = statistics(sums), statistics(apart)
+    generator = torch.Generator().manual_seed(2)
+    for name, runs in joined.items():
+        for kind in ("gram", "kfac"):
+            options = CurvatureOptions(kind=kind)
+            V = torch.randn(48, 16, generator=generator)
+            held = zip(runs, V.split([stop - start for _, start, stop in runs]), strict=True)
+            expected = [parts.curvature(source, options).matvec(part) for (source, *_), part in held]
+            torch.testing.assert_close(whole.curvature(name, options).matvec(V), torch.cat(expected))

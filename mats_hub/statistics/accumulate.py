@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -136,6 +136,55 @@ class Sums:
                 self.tokens.pop(parameter)
                 self.tensors.pop(f"{parameter}.input_gram")
                 self.tensors.pop(f"{parameter}.output_gram", None)
+
+    def join_rows(self, joined: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
+        """Give weights and biases whose rows a checkpoint puts together the sums of what it stores.
+
+        The weights must have read the same inputs, and be sums without a sketch. Between rows of different modules the Gram of
+        output gradients is taken as zero.
+
+        Args:
+            joined: as `mats_hub.architecture.Architecture.joined`.
+
+        """
+        gone: set[str] = set()
+        for name, runs in joined.items():
+            sources = list(dict.fromkeys(source for source, *_ in runs))
+            squares = [self.tensors.get(f"{source}.fisher") for source in sources]
+            if all(held is not None for held in squares):
+                parts = [self.tensors[f"{source}.fisher"][start:stop] for source, start, stop in runs]
+                self.tensors[f"{name}.fisher"] = torch.cat(parts)
+                for source in sources:
+                    del self.tensors[f"{source}.fisher"]
+            uses = [self.uses.get(source, []) for source in sources]
+            modules = {source: held[0][1] for source, held in zip(sources, uses, strict=True) if len(held) == 1}
+            leaders = {self.aliases.get(module, module) for module in modules.values()}
+            kinds = {kind for held in uses for kind, _ in held}
+            if len(modules) < len(sources) or len(leaders) > 1 or kinds not in ({"linear"}, {"bias"}):
+                continue
+            if any(f"{module}.output_factor" in self.tensors for module in modules.values()):
+                continue
+            module = name.rpartition(".")[0]
+            self.uses[name] = [(kinds.pop(), module)]
+            self.tokens[module], self.aliases[module] = self.tokens[modules[sources[0]]], leaders.pop()
+            self._join_outputs(module, [(modules[source], start, stop) for source, start, stop in runs])
+            gone |= set(sources)
+        left = {module for source in gone for _, module in self.uses.pop(source)}
+        for module in left - {module for held in self.uses.values() for _, module in held}:
+            self.tokens.pop(module)
+            self.tensors.pop(f"{module}.output_gram", None)
+
+    def _join_outputs(self, joined: str, runs: Sequence[tuple[str, int, int]]) -> None:
+        """Put together the Gram of output gradients of rows of several modules."""
+        if not all(f"{module}.output_gram" in self.tensors for module, *_ in runs):
+            return
+        sizes = [stop - start for _, start, stop in runs]
+        blocks = [[torch.zeros(height, width) for width in sizes] for height in sizes]
+        for row, (module, *rows) in enumerate(runs):
+            for column, (other, *columns) in enumerate(runs):
+                if module == other:
+                    blocks[row][column] = self.tensors[f"{module}.output_gram"][slice(*rows), slice(*columns)]
+        self.tensors[f"{joined}.output_gram"] = torch.cat([torch.cat(held, 1) for held in blocks])
 
     def finish_sketches(self) -> float:
         """Replace each sketch's sums by ``{module}.input_factor`` F ``[d, q]`` and ``{module}.input_rest`` ``[d]`` (or output).
