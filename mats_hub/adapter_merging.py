@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mats_hub.adapter import Factors, Ia3Adapter, LoraAdapter
+from mats_hub.adapter import Ia3Adapter
 from mats_hub.architecture import describe
 from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.curvature import Gram, LowRank
@@ -21,6 +21,7 @@ from mats_hub.delta import LowRankDelta
 from mats_hub.initialization import Context
 from mats_hub.journal import Journal
 from mats_hub.linear_system import LinearSystem
+from mats_hub.lora import Factors, LoraAdapter
 from mats_hub.matching import Merged, merge_deltas
 from mats_hub.merging import make_context
 from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan

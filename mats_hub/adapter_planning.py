@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mats_hub.adapter import FoldedAdapter, Ia3Adapter, LoraAdapter
+from mats_hub.adapter import FoldedAdapter, Ia3Adapter
 from mats_hub.architecture import align, describe, vector_of
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
+from mats_hub.lora import LoraAdapter
 from mats_hub.plan import Entry, Plan
 from mats_hub.source import Source, TensorHeader
 

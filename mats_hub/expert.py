@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter, LoraAdapter, open_adapter
+from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter
+from mats_hub.adapter_opening import open_adapter
 from mats_hub.architecture import Architecture, align, describe, stored_experts_of
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
+from mats_hub.lora import LoraAdapter
 from mats_hub.source import Source
 
 

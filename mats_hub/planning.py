@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from mats_hub.adapter import LoraAdapter
 from mats_hub.adapter_planning import settle_format, with_origins
 from mats_hub.architecture import Architecture, align, describe, layer_pattern
 from mats_hub.base import open_base
@@ -22,6 +21,7 @@ from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
 from mats_hub.initialization_options import Consensus, Slerp
+from mats_hub.lora import LoraAdapter
 from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.solver import has_closed_form

@@ -34,13 +34,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mamba2Config, ViTImageProcessor
 
-from mats_hub.adapter import LoraAdapter, open_adapter
+from mats_hub.adapter_opening import open_adapter
 from mats_hub.architecture import Architecture, _described, align, describe
 from mats_hub.checkpoint import TORCH_DTYPES, Checkpoint, CheckpointWriter, parse_size, shard_layout
 from mats_hub.delta import DenseDelta, LowRankDelta
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError
 from mats_hub.expert import Expert
 from mats_hub.loading import load_expert
+from mats_hub.lora import LoraAdapter
 from mats_hub.source import TensorHeader, open_source
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mats_hub.adapter import Ia3Adapter, LoraAdapter
+from mats_hub.adapter import Ia3Adapter
 from mats_hub.architecture import joined_rows, stored_experts
 from mats_hub.checkpoint import parse_size
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.expert import Expert
 from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert
+from mats_hub.lora import LoraAdapter
 from mats_hub.processes import agreed, join, local_device, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS

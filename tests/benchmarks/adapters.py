@@ -146,7 +146,8 @@ def reset_peak() -> float:
 
 def error_of(folder: Path, merged: Path, names: list[str]) -> float:
     """Return the relative Frobenius distance from the sum of the adapters' task vectors, over all modules."""
-    from mats_hub.adapter import LoraAdapter, open_adapter
+    from mats_hub.adapter_opening import open_adapter
+    from mats_hub.lora import LoraAdapter
     from mats_hub.source import open_source
 
     adapters = [open_adapter(open_source(folder / name)) for name in names]
