@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -100,7 +101,7 @@ class LoraAdapter(Adapter):
     @property
     def changed(self) -> Collection[str]:
         """The weights it has factors for; those that `target_parameters` may name once `settle` has told which they are."""
-        return {**self.factors, **self.joined}.keys()
+        return ChainMap[str, Any](self.factors, self.joined)
 
     @property
     def description(self) -> str:
