@@ -147,14 +147,20 @@ def measuring(model: nn.Module) -> Iterator[None]:
     required = {p: p.requires_grad for p in model.parameters()}
     config = getattr(model, "config", None)
     fused = getattr(config, "_experts_implementation", None)
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    caching = {id(held): held for held in configs if getattr(held, "use_cache", False)}
     model.eval()
     try:
+        for held in caching.values():
+            held.use_cache = False  # nothing is generated after what is measured
         if fused and config is not None:  # one matrix after another, so that it is seen which tokens each one gets
             config._experts_implementation = "eager"
         yield
     finally:
         if fused and config is not None:
             config._experts_implementation = fused
+        for held in caching.values():
+            held.use_cache = True
         for module, flag in training.items():
             module.training = flag
         for parameter, flag in required.items():
