@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 import mats_hub
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of whatever each kind of model warns
-LARGEST = 3_000_000
+LARGEST = 1_000_000
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
