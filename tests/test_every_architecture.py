@@ -95,6 +95,8 @@ def assert_moved(
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     """Hand out the class of a model, and the folder it is stored in; skip what transformers itself does not give back."""
     base = tiny(*request.param)
+    if base.config_class.model_type != request.param[0]:
+        pytest.skip(f"its class is of another kind, {base.config_class.model_type}, which its experts are stored as")
     try:
         base.save_pretrained(tmp_path / "base")
         again = models.state(type(base).from_pretrained(tmp_path / "base"))

@@ -505,7 +505,8 @@ def open_task(
     data.tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
     reads = getattr(config, "text_config", config)
     limits = ("max_position_embeddings", "max_target_positions")
-    positions = next((n for n in (getattr(reads, limit, None) for limit in limits) if n), 10**9)
+    found = (getattr(reads, limit, None) for limit in limits)
+    positions = next((n for n in found if n and n > 0), 10**9)  # XLNet's are -1: any number
     # RoBERTa and its kin, whose padding is token 1, count positions from 2 on; for others two are not missed.
     reserved = 2 if getattr(reads, "pad_token_id", None) == 1 else 0
     limit = min(data.tokenizer.model_max_length, positions - reserved)
