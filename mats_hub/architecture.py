@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from bisect import bisect_right
@@ -15,10 +16,27 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-MAX_RUNS = 64
+MOST_PIECES = 64
 """Of more pieces than this no tensor is told to be made."""
+
+
+class Piece(NamedTuple):
+    """Rows of a parameter that stand together in a tensor of a checkpoint.
+
+    Attributes:
+        parameter: whose rows they are.
+        matrix: of a stack of experts' matrices, which of them; else 0.
+        start: the first row.
+        stop: behind the last row.
+
+    """
+
+    parameter: str
+    matrix: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -36,8 +54,8 @@ class Architecture:
         linear: weights of linear modules (Linear, Conv1D).
         stacked: parameters that stack the matrices of several experts, in the order of their modules → how many there
             are, and whether each is ``[in, out]``.
-        joined: tensors that a checkpoint makes of the rows of several parameters, or of one's in another order → those rows, in
-            order: of which parameter, the first, and the one behind the last.
+        pieces: tensors that a checkpoint makes of the rows of parameters, where that is more than another name: of one matrix of
+            a stack, of several parameters, or of one's in another order → those rows, in order.
         vocabulary: tensors whose rows are the vocabulary's tokens: embeddings, and the head and the bias over tokens.
         shapes: every tensor's shape, by its name in a checkpoint; tied ones are named too.
 
@@ -51,7 +69,7 @@ class Architecture:
     stored_names: Mapping[str, str] = field(default_factory=dict)
     linear: frozenset[str] = frozenset()
     stacked: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
-    joined: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     vocabulary: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -112,7 +130,7 @@ def _described(config: dict[str, Any]) -> Architecture:
         stored_names=stored_names,
         linear=weights_of(torch.nn.Linear, Conv1D),
         stacked=stacked_parameters(model),
-        joined=joined_rows(model),
+        pieces=stored_pieces(model),
         vocabulary=_vocabulary(model),
         shapes={stored_names.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
@@ -162,77 +180,62 @@ def _stored_names(model: Any) -> dict[str, str]:
     return found | {vector_of(name): vector_of(other) for name, other in found.items() if name.endswith(".weight")}
 
 
-def joined_rows(model: Any) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """Return `Architecture.joined` of a model: all rows are numbered, and the numbers followed through the renaming."""
+def stored_pieces(model: Any) -> dict[str, tuple[Piece, ...]]:
+    """Return `Architecture.pieces` of a model: all rows are numbered, and the numbers followed through transformers' renaming."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         return {}
-    import torch
-
-    numbers: dict[str, Any] = {}
-    firsts: list[int] = []
-    count = 0
+    stacks, found = stacked_parameters(model), {}
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}  # a layer at a time: the numbers of all would fill the memory
     for name, parameter in model.named_parameters():
-        if parameter.dim() in (1, 2):
-            rows = torch.arange(count, count + len(parameter), dtype=torch.float64)
-            numbers[name] = rows.reshape(-1, *(1 for _ in parameter.shape[1:]))
-            firsts.append(count)
-            count += len(parameter) + 1  # one is left out, so that no run of numbers goes on into the next
-    names, found = list(numbers), {}
-    for other, part in revert_weight_conversion(model, dict(numbers)).items():
-        held = part.flatten()
+        if name in stacks or parameter.dim() in (1, 2):
+            layer = re.split(r"(?<=\.)\d+\.", name, maxsplit=1)
+            groups.setdefault(name[: -len(layer[1])] if len(layer) > 1 else "", {})[name] = tuple(parameter.shape)
+    for shapes in groups.values():
+        numbered = _Numbered(shapes, stacks)
+        for other, part in revert_weight_conversion(model, dict(numbered.tensors)).items():
+            pieces = numbered.pieces(part)
+            if pieces:
+                found[other] = pieces
+    return found
+
+
+class _Numbered:
+    """Parameters with the numbers of their rows in the place of their entries."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], stacks: Collection[str]) -> None:
+        import torch
+
+        self.tensors: dict[str, Any] = {}
+        self._rows: list[int] = []
+        self._firsts: list[int] = []
+        count = 0
+        for name, shape in shapes.items():
+            rows = shape[:2] if name in stacks else shape[:1]
+            numbers = torch.arange(count, count + math.prod(rows), dtype=torch.float64)
+            self.tensors[name] = numbers.reshape(*rows, *(1 for _ in shape[len(rows) :]))
+            self._rows.append(rows[-1])
+            self._firsts.append(count)
+            count += math.prod(rows) + 1  # one is left out, so that no run of numbers goes on into the next
+
+    def pieces(self, part: Any) -> tuple[Piece, ...]:
+        """Return what a tensor was made of; nothing where it is a whole parameter, or no rows that stand together."""
+        import torch
+
+        held, found = part.flatten(), []
         breaks = torch.nonzero(held.diff() != 1).flatten()
-        if len(part) != len(held) or len(breaks) >= MAX_RUNS:
-            continue
-        edges, runs = [0, *(int(edge) + 1 for edge in breaks), len(held)], []
-        for start, stop in pairwise(edges):
-            at = bisect_right(firsts, int(held[start])) - 1
-            first = int(held[start]) - firsts[at]
-            runs.append((names[at], first, first + stop - start))
-        if len(runs) > 1 or runs[0][2] - runs[0][1] < len(numbers[runs[0][0]]):
-            found[other] = tuple(runs)
-    return found
-
-
-def stored_experts(model: Any) -> dict[str, tuple[str, int, slice]]:
-    """Return, of parameters that stack the matrices of experts, the tensors that saving would make of them.
-
-    Returns:
-        name in a checkpoint → the stacked parameter, which of its experts, and which rows of that expert's ``[out, in]``.
-
-    """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {}
-    import torch
-
-    found: dict[str, tuple[str, int, slice]] = {}
-    for name in stacked_parameters(model):
-        count, rows = model.get_parameter(name).shape[
-            :2
-        ]  # every row is numbered, and the numbers followed through the renaming
-        numbers = torch.arange(count * rows, dtype=torch.float64).reshape(count, rows, 1)
-        for other, part in revert_weight_conversion(model, {name: numbers}).items():
-            held = part.flatten()
-            index, start = divmod(int(held[0]), rows)
-            together = torch.equal(held, torch.arange(len(held), dtype=held.dtype) + held[0])
-            if part.dim() == 2 and together and start + len(held) <= rows:
-                found[other] = name, index, slice(start, start + len(held))
-    return found
-
-
-def stored_experts_of(config: Mapping[str, Any]) -> dict[str, tuple[str, int, slice]]:
-    """Return the same for the model a config describes; nothing for one that transformers does not know."""
-    return _stored_experts_of(json.dumps(config, sort_keys=True, default=str))
-
-
-@lru_cache(maxsize=2)
-def _stored_experts_of(config_text: str) -> dict[str, tuple[str, int, slice]]:
-    config = json.loads(config_text)
-    model = _skeleton(config, (config.get("architectures") or [""])[0])
-    return {} if model is None else stored_experts(model)
+        if len(part) != len(held) or len(breaks) >= MOST_PIECES:
+            return ()
+        names = list(self.tensors)
+        for start, stop in pairwise([0, *(int(edge) + 1 for edge in breaks), len(held)]):
+            at = bisect_right(self._firsts, int(held[start])) - 1
+            index, first = divmod(int(held[start]) - self._firsts[at], self._rows[at])
+            found.append(Piece(names[at], index, first, first + stop - start))
+            if found[-1].stop > self._rows[at]:
+                return ()
+        whole = len(found) == 1 and len(held) == self.tensors[found[0].parameter].numel()
+        return () if whole else tuple(found)
 
 
 def vector_of(weight: str) -> str:

@@ -86,7 +86,7 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
         return [{key: key for key in linear if len(headers[key].shape) == 2} for _ in plan.experts]
     facts = describe(plan.reference.config)
     stored_names = facts.stored_names
-    parts = {source for runs in facts.joined.values() for source, *_ in runs}  # what a checkpoint stores as one
+    parts = {piece.parameter for made in facts.pieces.values() for piece in made}  # what a checkpoint stores as one
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
         names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})

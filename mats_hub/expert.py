@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter
 from mats_hub.adapter_opening import open_adapter
-from mats_hub.architecture import Architecture, align, describe, stored_experts_of
+from mats_hub.architecture import Architecture, align, describe
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
 from mats_hub.lora import LoraAdapter
@@ -81,10 +81,8 @@ class Expert:
         """Name what an adapter changes as the reference stores it: experts' matrices one by one, several weights as one."""
         if not isinstance(self.adapter, LoraAdapter):
             return
-        joined = describe(reference.config).joined
-        if any(name in self.adapter.factors and self.adapter.factors[name].form == "stacked" for name in self.extra):
-            self.adapter.split(stored_experts_of(reference.config))
-        self.adapter.join(joined)
+        pieces = describe(reference.config).pieces
+        self.adapter.as_stored({name: pieces[name] for name in align(pieces, reference.headers)})
         self.align_to(reference)
 
     def shape(self, own: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mats_hub.adapter import Adapter, at_least_float32
-from mats_hub.architecture import Architecture, align
+from mats_hub.architecture import Architecture, Piece, align
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import LowRankDelta
 from mats_hub.errors import CheckpointError
@@ -22,9 +22,6 @@ from mats_hub.errors import CheckpointError
 class Factors:
     """Where one weight's factors are and how they make its change.
 
-    Those of a parameter that holds the matrices of several experts stack the experts' factors, in A and in B each in its own way
-    (PEFT's ``ParamWrapper``).
-
     Attributes:
         B: name of the left factor in the file.
         A: name of the right factor in the file.
@@ -32,11 +29,8 @@ class Factors:
         shape: the weight's shape, as it is stored.
         transposed: whether the weight is stored ``[in, out]``.
         form: ``linear`` (of a linear module), ``parameter`` (of a matrix named by target_parameters), ``embedding``,
-            ``convolution``, ``stacked`` (of one parameter that holds the matrices of several experts), or ``expert`` (of
-            one of those matrices, or of some of its rows).
-        count: how many experts' factors are stacked.
-        index: of ``expert``, which of them.
-        rows: of ``expert``, its first row and the one behind its last.
+            ``convolution``, or ``stacked`` (of one parameter that holds the matrices of several experts: their factors are
+            stacked, in A and in B each in its own way, as in PEFT's ``ParamWrapper``).
 
     """
 
@@ -46,9 +40,11 @@ class Factors:
     shape: tuple[int, ...]
     transposed: bool = False
     form: str = "linear"
-    count: int = 1
-    index: int = 0
-    rows: tuple[int, int] = (0, 0)
+
+    @property
+    def count(self) -> int:
+        """How many experts' factors are stacked."""
+        return self.shape[0] if self.form == "stacked" else 1
 
 
 class LoraAdapter(Adapter):
@@ -56,8 +52,9 @@ class LoraAdapter(Adapter):
 
     Attributes:
         factors: weight name in the model → its factors.
-        joined: tensor that a checkpoint makes of the rows of several weights → those rows, in order: the factors of their weight,
-            None where the adapter does not change it, the first, and the one behind the last.
+        pieces: tensor that a checkpoint makes of the rows of weights it has factors for → those rows, as `Architecture.pieces`;
+            what they are of is in `sources` then, and no longer in `factors`.
+        sources: weight of such rows → its factors.
 
     Raises:
         CheckpointError: a tensor that is not known, or factors that do not belong together.
@@ -69,7 +66,8 @@ class LoraAdapter(Adapter):
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         super().__init__(checkpoint, options)
         self.factors: dict[str, Factors] = {}
-        self.joined: dict[str, list[tuple[Factors | None, int, int]]] = {}
+        self.pieces: dict[str, Sequence[Piece]] = {}
+        self.sources: dict[str, Factors] = {}
         pairs: dict[tuple[str, bool], dict[str, str]] = {}
         for name in checkpoint.headers:
             module = name.removeprefix("base_model.model.")
@@ -101,7 +99,7 @@ class LoraAdapter(Adapter):
     @property
     def changed(self) -> Collection[str]:
         """The weights it has factors for; those that `target_parameters` may name once `settle` has told which they are."""
-        return ChainMap[str, Any](self.factors, self.joined)
+        return ChainMap[str, Any](self.factors, self.pieces)
 
     @property
     def description(self) -> str:
@@ -110,51 +108,57 @@ class LoraAdapter(Adapter):
 
     def rank(self, own: str) -> int:
         """Return the rank of one weight's delta."""
-        return sum(self.checkpoint.headers[factors.A].shape[0] // factors.count for factors in self._all_factors(own))
+        return sum(
+            self.checkpoint.headers[factors.A].shape[0] // factors.count for factors, _ in self._all_factors(own)
+        )
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of a weight it changes, as it is stored."""
-        if own in self.joined:
-            rows = sum(stop - start for _, start, stop in self.joined[own])
-            return rows, *self._all_factors(own)[0].shape[1:]
-        return self.factors[own].shape
+        if own in self.factors:
+            return self.factors[own].shape
+        return sum(piece.stop - piece.start for piece in self.pieces[own]), self._all_factors(own)[0][0].shape[-1]
 
     def files(self, own: str) -> tuple[str, ...]:
         """Return the names of one weight's factors in the file."""
-        return tuple(name for factors in self._all_factors(own) for name in (factors.B, factors.A))
+        return tuple(name for factors, _ in self._all_factors(own) for name in (factors.B, factors.A))
 
     def delta(self, own: str) -> LowRankDelta:
         """Return scale · B A of one weight."""
-        if own not in self.joined:
+        if own in self.factors:
             return self._product(self.factors[own])
-        products = {factors: self._product(factors) for factors in self._all_factors(own)}
-        A = torch.cat([at_least_float32(product.A) for product in products.values()])
+        held = self._all_factors(own)
+        products = [self._product(factors) for factors, _ in held]
+        matrices = [
+            (p.B[index], p.A[index]) if p.A.dim() > 2 else (p.B, p.A)
+            for p, (_, index) in zip(products, held, strict=True)
+        ]
+        A = torch.cat([at_least_float32(right) for _, right in matrices])
         B, row = A.new_zeros(self.shape(own)[0], len(A)), 0
-        columns = dict(zip(products, accumulate((len(p.A) for p in products.values()), initial=0), strict=False))
-        for factors, start, stop in self.joined[own]:
-            if factors is not None:
-                product, column = products[factors], columns[factors]
-                part = product.scale * at_least_float32(product.B[start:stop])
-                B[row : row + stop - start, column : column + len(product.A)] = part
-            row += stop - start
+        columns = [0, *accumulate(len(right) for _, right in matrices)]
+        for piece in self.pieces[own]:
+            size, source = piece.stop - piece.start, self.sources.get(piece.parameter)
+            if source is not None:
+                at = held.index((source, piece.matrix))
+                part = at_least_float32(matrices[at][0][piece.start : piece.stop])
+                B[row : row + size, columns[at] : columns[at + 1]] = products[at].scale * part
+            row += size
         return LowRankDelta(B, A, 1.0)
 
-    def _all_factors(self, own: str) -> list[Factors]:
-        """Return the factors that make one weight's delta, each once."""
-        if own not in self.joined:
-            return [self.factors[own]]
-        return list(dict.fromkeys(factors for factors, *_ in self.joined[own] if factors is not None))
+    def _all_factors(self, own: str) -> list[tuple[Factors, int]]:
+        """Return the factors that make one weight's delta, each once, and which matrix's they are of a stack."""
+        if own in self.factors:
+            return [(self.factors[own], 0)]
+        found = ((self.sources.get(piece.parameter), piece.matrix) for piece in self.pieces[own])
+        return list(dict.fromkeys((factors, index) for factors, index in found if factors is not None))
 
     def _product(self, factors: Factors) -> LowRankDelta:
         names, B, A = self._read
         if names != (factors.B, factors.A):
             B, A = self.checkpoint.tensor(factors.B), self.checkpoint.tensor(factors.A)
             self._read = (factors.B, factors.A), B, A  # the next may be another expert's in the same tensors
-        if factors.form in ("stacked", "expert"):
+        if factors.form == "stacked":
             A = A.reshape(factors.count, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, factors.count).permute(2, 0, 1)
-        if factors.form == "expert":
-            A, B = A[factors.index], B[factors.index, slice(*factors.rows)]
         if factors.form == "convolution":
             return LowRankDelta(B.flatten(1), A.flatten(1), factors.scale, weight_shape=factors.shape)
         return LowRankDelta(B, A, factors.scale, factors.transposed)
@@ -173,42 +177,21 @@ class LoraAdapter(Adapter):
             if facts.linear and factors.form == "linear" and factors.transposed != turned:
                 self.factors[name] = replace(factors, transposed=turned, shape=factors.shape[::-1])
 
-    def split(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
-        """Tell the changes of parameters that stack experts' matrices as changes of what a checkpoint stores them in.
+    def as_stored(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        """Tell the changes of weights whose rows a checkpoint stores otherwise as changes of what it stores.
 
         Args:
-            parts: name in a checkpoint → the stacked parameter, which of its experts, and which rows of it.
+            pieces: of `Architecture.pieces`, those of the checkpoint.
 
         """
-        stacks = [
-            name for name, factors in self.factors.items() if factors.form == "stacked" and not factors.transposed
-        ]
-        own_names = {stack: own for own, stack in align(stacks, {stack for stack, *_ in parts.values()}).items()}
-        for name, (stack, index, rows) in parts.items():
-            if stack in own_names:
-                whole, span = self.factors[own_names[stack]], (rows.start, rows.stop)
-                shape = span[1] - span[0], whole.shape[2]
-                self.factors[name] = replace(whole, shape=shape, form="expert", index=index, rows=span)
-        for own in own_names.values():
-            del self.factors[own]
-            self._perhaps_bare.pop(own.rpartition(".")[0], None)
-
-    def join(self, rows: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
-        """Tell the changes of weights whose rows a checkpoint puts together as changes of what it stores.
-
-        Args:
-            rows: as `Architecture.joined`.
-
-        """
-        linear = [name for name, factors in self.factors.items() if factors.form == "linear" and not factors.transposed]
-        own_names = align(linear, {source for runs in rows.values() for source, *_ in runs})
-        sources = {source: self.factors[own] for own, source in own_names.items()}
-        for name, runs in rows.items():
-            if any(source in sources for source, *_ in runs):
-                self.joined[name] = [(sources.get(source), start, stop) for source, start, stop in runs]
+        known = [n for n, held in self.factors.items() if held.form in ("linear", "stacked") and not held.transposed]
+        own_names = align(known, {piece.parameter for made in pieces.values() for piece in made})
+        self.sources = {source: self.factors.pop(own) for own, source in own_names.items()}
         for own in own_names:
-            del self.factors[own]
             self._perhaps_bare.pop(own.rpartition(".")[0], None)
+        self.pieces = {
+            name: made for name, made in pieces.items() if any(piece.parameter in self.sources for piece in made)
+        }
 
     def _of_parameters(self, module: str, held: list[dict[str, str]], facts: Architecture) -> dict[str, Factors]:
         """Return the factors of a module's parameters that target_parameters names, or of the module.
@@ -265,7 +248,7 @@ class LoraAdapter(Adapter):
             raise self._no_product(name, a, b)
         matrix = (a[1], b[0]) if transposed else (b[0], a[1])
         scale = self._scale(name, a[0] // count)
-        return Factors(pair["B"], pair["A"], scale, (count, *matrix), transposed, "stacked", count)
+        return Factors(pair["B"], pair["A"], scale, (count, *matrix), transposed, "stacked")
 
     def _no_product(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(

@@ -19,7 +19,7 @@ import transformers
 from test_loading import tiny_gpt_oss, tiny_mixtral, tiny_nomic_bert, tiny_resnet, tiny_whisper
 from torch import Tensor, nn
 
-from mats_hub.architecture import joined_rows, stored_experts
+from mats_hub.architecture import stored_pieces
 from mats_hub.curvature import Curvature
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.statistics import Provenance, Statistics, Sums
@@ -399,14 +399,15 @@ def test_kfac_takes_second_moments_of_gradients(name: str) -> None:
 def test_stored_experts_get_sums_of_their_own() -> None:
     made = case("Mixtral")
     sums = measure(made.model, made.examples)
-    parts = stored_experts(made.model)
+    parts = stored_pieces(made.model)
     assert len(parts) == 2 * 3 * 3
     sums.narrow()
     whole = {key: value.clone() for key, value in sums.tensors.items()}
-    sums.split_experts(parts)
+    sums.as_stored(parts)
     found = statistics(sums)
     state = made.model.state_dict()
-    for other, (parameter, index, rows) in parts.items():
+    for other, [(parameter, index, start, stop)] in parts.items():
+        rows = slice(start, stop)
         kfac = found.curvature(other, CurvatureOptions(kind="kfac"))
         count = made.sums.tokens[parameter]
         torch.testing.assert_close(kfac.input, whole[f"{parameter}.input_gram"][index] / count)
@@ -432,16 +433,16 @@ def test_weights_that_a_checkpoint_stores_as_one_have_their_rows_sums() -> None:
     apart, sums = measure(model, examples), measure(model, examples)
     for found in (apart, sums):
         found.narrow()
-    joined = joined_rows(model)
+    joined = stored_pieces(model)
     assert set(joined) == {f"nomic_bert.encoder.layers.{layer}.attn.Wqkv.weight" for layer in range(2)}
-    sums.join_rows(joined)
-    assert not {source for runs in joined.values() for source, *_ in runs} & {*sums.uses}
+    sums.as_stored(joined)
+    assert not {piece.parameter for made in joined.values() for piece in made} & {*sums.uses}
     whole, parts = statistics(sums), statistics(apart)
     generator = torch.Generator().manual_seed(2)
-    for name, runs in joined.items():
+    for name, made in joined.items():
         for kind in ("gram", "kfac"):
             options = CurvatureOptions(kind=kind)
             V = torch.randn(48, 16, generator=generator)
-            held = zip(runs, V.split([stop - start for _, start, stop in runs]), strict=True)
-            expected = [parts.curvature(source, options).matvec(part) for (source, *_), part in held]
+            held = zip(made, V.split([piece.stop - piece.start for piece in made]), strict=True)
+            expected = [parts.curvature(piece.parameter, options).matvec(part) for piece, part in held]
             torch.testing.assert_close(whole.curvature(name, options).matvec(V), torch.cat(expected))

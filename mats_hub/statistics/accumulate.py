@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mats_hub.architecture import Piece
 from mats_hub.statistics.sketch import nystrom
 
 
@@ -113,78 +114,76 @@ class Sums:
             value = self.tensors[key].float().cpu()
             self.tensors[key] = value.triu().add_(value.triu(1).mT) if is_symmetric(key) else value
 
-    def split_experts(self, parts: Mapping[str, tuple[str, int, slice]]) -> None:
-        """Give the matrices of stacked experts sums of their own, under the names they have in a checkpoint.
+    def as_stored(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        """Give what a checkpoint stores otherwise than the model has it sums of its own, under the names it has there.
+
+        Weights whose rows are put together must have read the same inputs, and be sums without a sketch. Between rows of
+        different modules the Gram of output gradients is taken as zero.
 
         Args:
-            parts: name in a checkpoint → the stacked parameter, which of its experts, and which rows of it.
+            pieces: `mats_hub.architecture.Architecture.pieces`.
 
         """
-        for other, (parameter, index, rows) in parts.items():
-            if parameter not in self.uses:
-                continue
-            module, first = other.removesuffix(".weight"), f"{parameter}.{index}"
-            self.uses[other], self.tokens[module] = [("linear", module)], self.tokens[parameter]
-            if f"{first}.input_gram" not in self.tensors:
-                self.tensors[f"{first}.input_gram"] = self.tensors[f"{parameter}.input_gram"][index].clone()
-            self.aliases[module] = first
-            if f"{parameter}.output_gram" in self.tensors:
-                whole = self.tensors[f"{parameter}.output_gram"][index]
-                self.tensors[f"{module}.output_gram"] = whole[rows, rows].clone()
-        for parameter in dict.fromkeys(name for name, _, _ in parts.values()):
-            if self.uses.pop(parameter, None):
-                self.tokens.pop(parameter)
-                self.tensors.pop(f"{parameter}.input_gram")
-                self.tensors.pop(f"{parameter}.output_gram", None)
-
-    def join_rows(self, joined: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
-        """Give weights and biases whose rows a checkpoint puts together the sums of what it stores.
-
-        The weights must have read the same inputs, and be sums without a sketch. Between rows of different modules the Gram of
-        output gradients is taken as zero.
-
-        Args:
-            joined: as `mats_hub.architecture.Architecture.joined`.
-
-        """
+        new = Sums()
         gone: set[str] = set()
-        for name, runs in joined.items():
-            sources = list(dict.fromkeys(source for source, *_ in runs))
-            squares = [self.tensors.get(f"{source}.fisher") for source in sources]
-            if all(held is not None for held in squares):
-                parts = [self.tensors[f"{source}.fisher"][start:stop] for source, start, stop in runs]
-                self.tensors[f"{name}.fisher"] = torch.cat(parts)
-                for source in sources:
-                    del self.tensors[f"{source}.fisher"]
-            uses = [self.uses.get(source, []) for source in sources]
-            modules = {source: held[0][1] for source, held in zip(sources, uses, strict=True) if len(held) == 1}
-            leaders = {self.aliases.get(module, module) for module in modules.values()}
-            kinds = {kind for held in uses for kind, _ in held}
-            if len(modules) < len(sources) or len(leaders) > 1 or kinds not in ({"linear"}, {"bias"}):
+        gone_squares: set[str] = set()
+        for name, made in pieces.items():
+            squares = [self.tensors.get(f"{piece.parameter}.fisher") for piece in made]
+            parts = [
+                (held[index] if held.dim() > 2 else held)[start:stop]
+                for held, (_, index, start, stop) in zip(squares, made, strict=True)
+                if held is not None
+            ]
+            if len(parts) == len(made):
+                new.tensors[f"{name}.fisher"] = torch.cat(parts)
+                gone_squares |= {piece.parameter for piece in made}
+            uses = {piece.parameter: self.uses.get(piece.parameter, []) for piece in made}
+            kinds = {kind for held in uses.values() for kind, _ in held}
+            modules = {parameter: held[0][1] for parameter, held in uses.items() if len(held) == 1}
+            if len(modules) < len(uses) or kinds not in ({"linear"}, {"bias"}, {"experts"}):
                 continue
-            if any(f"{module}.output_factor" in self.tensors for module in modules.values()):
+            stacked = kinds == {"experts"}
+            leaders = {self._leader(modules[piece.parameter], piece.matrix, stacked) for piece in made}
+            if len(leaders) > 1 or any(f"{module}.output_factor" in self.tensors for module in modules.values()):
                 continue
             module = name.rpartition(".")[0]
-            self.uses[name] = [(kinds.pop(), module)]
-            self.tokens[module], self.aliases[module] = self.tokens[modules[sources[0]]], leaders.pop()
-            self._join_outputs(module, [(modules[source], start, stop) for source, start, stop in runs])
-            gone |= set(sources)
-        left = {module for source in gone for _, module in self.uses.pop(source)}
-        for module in left - {module for held in self.uses.values() for _, module in held}:
-            self.tokens.pop(module)
-            self.tensors.pop(f"{module}.output_gram", None)
+            new.uses[name] = [("bias" if kinds == {"bias"} else "linear", module)]
+            new.tokens[module], new.aliases[module] = self.tokens[modules[made[0].parameter]], leaders.pop()
+            grams = [self.tensors.get(f"{modules[piece.parameter]}.output_gram") for piece in made]
+            whole = [
+                gram[piece.matrix] if stacked else gram
+                for gram, piece in zip(grams, made, strict=True)
+                if gram is not None
+            ]
+            if len(whole) == len(made):
+                new.tensors[f"{module}.output_gram"] = _blocks(made, whole)
+            gone |= uses.keys()
+        self._remove(gone, gone_squares)
+        for name, held in vars(new).items():
+            if held:
+                getattr(self, name).update(held)
 
-    def _join_outputs(self, joined: str, runs: Sequence[tuple[str, int, int]]) -> None:
-        """Put together the Gram of output gradients of rows of several modules."""
-        if not all(f"{module}.output_gram" in self.tensors for module, *_ in runs):
-            return
-        sizes = [stop - start for _, start, stop in runs]
-        blocks = [[torch.zeros(height, width) for width in sizes] for height in sizes]
-        for row, (module, *rows) in enumerate(runs):
-            for column, (other, *columns) in enumerate(runs):
-                if module == other:
-                    blocks[row][column] = self.tensors[f"{module}.output_gram"][slice(*rows), slice(*columns)]
-        self.tensors[f"{joined}.output_gram"] = torch.cat([torch.cat(held, 1) for held in blocks])
+    def _remove(self, parameters: Collection[str], squares: Collection[str]) -> None:
+        """Remove the sums of parameters, and the squared gradients of others."""
+        for parameter in squares:
+            del self.tensors[f"{parameter}.fisher"]
+        removed = [use for parameter in parameters for use in self.uses.pop(parameter)]
+        left = {module for uses in self.uses.values() for _, module in uses}
+        for kind, module in dict.fromkeys(removed):
+            if module not in left:
+                self.tokens.pop(module, None)
+                self.tensors.pop(f"{module}.output_gram", None)
+                if kind == "experts":
+                    self.tensors.pop(f"{module}.input_gram")
+
+    def _leader(self, module: str, index: int, stacked: bool) -> str:
+        """Return what stores the input Gram of a module, or of one of the experts in it, whose own is stored by that."""
+        if not stacked:
+            return self.aliases.get(module, module)
+        leader = f"{module}.{index}"
+        if f"{leader}.input_gram" not in self.tensors:
+            self.tensors[f"{leader}.input_gram"] = self.tensors[f"{module}.input_gram"][index].clone()
+        return leader
 
     def finish_sketches(self) -> float:
         """Replace each sketch's sums by ``{module}.input_factor`` F ``[d, q]`` and ``{module}.input_rest`` ``[d]`` (or output).
@@ -204,6 +203,20 @@ class Sums:
             dropped = max(dropped, float(rest.sum() / diagonal.sum().clamp(min=torch.finfo(torch.float32).tiny)))
         self.probes = {}
         return dropped
+
+
+def _blocks(made: Sequence[Piece], grams: Sequence[Tensor]) -> Tensor:
+    """Return the Gram of rows of several outputs, from the Gram of each output; zero between different ones."""
+    rows = [
+        [
+            gram[row.start : row.stop, column.start : column.stop]
+            if row[:2] == column[:2]
+            else gram.new_zeros(row.stop - row.start, column.stop - column.start)
+            for column in made
+        ]
+        for row, gram in zip(made, grams, strict=True)
+    ]
+    return torch.cat([torch.cat(held, 1) for held in rows])
 
 
 def is_symmetric(key: str) -> bool:

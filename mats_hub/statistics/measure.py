@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.adapter import Ia3Adapter
-from mats_hub.architecture import joined_rows, stored_experts
+from mats_hub.architecture import stored_pieces
 from mats_hub.checkpoint import parse_size
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, StatisticsError, unknown
@@ -187,8 +187,7 @@ def compute_statistics(
         part.narrow()
         dropped = max(dropped, part.finish_sketches())
         if not expert.adapter:
-            part.split_experts(stored_experts(network))
-            part.join_rows(joined_rows(network))
+            part.as_stored(stored_pieces(network))
         if vectors:
             part.tensors = {_own_name(key): value for key, value in part.tensors.items()}
         sums = sums.joined(record.finished(number, part) if of_several else part)
