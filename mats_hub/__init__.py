@@ -3,6 +3,7 @@
 A merge, from floor to floor:
 
     source, checkpoint, adapter, expert    where the files are; tensors and task vectors, read one at a time
+    pickles                                safetensors of what is stored in no other way
     statistics                             what matters to each task, measured once per expert
     curvature                              the same as a linear map on one weight
     linear_system                          Σ wᵢ Cᵢ x = Σ wᵢ Cᵢ δᵢ
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mats_hub.loading import load
     from mats_hub.merged_model import MergedModel, merge
     from mats_hub.methods import METHODS
+    from mats_hub.pickles import convert
     from mats_hub.plan import Plan
     from mats_hub.planning import make_plan
     from mats_hub.recipe import Recipe
@@ -53,6 +55,7 @@ _HOMES = {
     "compare": "choosing",
     "compress": "compressing",
     "compute_statistics": "statistics",
+    "convert": "pickles",
     "evaluate": "evaluation",
     "lineage": "browsing",
     "load": "loading",
@@ -78,6 +81,7 @@ __all__ = [
     "compare",
     "compress",
     "compute_statistics",
+    "convert",
     "evaluate",
     "lineage",
     "load",

@@ -15,6 +15,9 @@ from mats_hub import __version__
 from mats_hub.errors import CheckpointError, SourceError, WrongBytes
 from mats_hub.hub_client import TRIES, hub_api, hub_errors, persistently
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+"""Of these one says where the weights are."""
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
 
 
@@ -243,8 +246,9 @@ class Source:
         ]
         if pickles:
             raise CheckpointError(
-                f"{self.spec!r} holds its weights as a pickle ({pickles[0]}), which can run code when opened. Convert it "
-                "once with model.save_pretrained(folder), which writes safetensors, and merge that"
+                f"{self.spec!r} holds its weights as a pickle ({pickles[0]}), which can run code when opened. 'mats-hub convert "
+                f"{self.spec}' reads tensors of it and nothing else, once; or name a revision that has safetensors, if there is "
+                "one (such as OWNER/NAME@refs/pr/1), or store it again with model.save_pretrained(folder)"
             )
         held = ", ".join(sorted(self.sizes)[:10]) or "nothing"
         raise CheckpointError(f"{self.spec!r} has no {filename}; it holds: {held}")
@@ -298,7 +302,18 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
         raise SourceError(
             f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'"
         )
-    return replace(_hub_source(text, repo_id, revision or None, token), streamed=streamed)
+    source = _hub_source(text, repo_id, revision or None, token)
+    converted = converted_folder(source)
+    if not any(name in source.sizes for name in WEIGHTS) and any((converted / name).is_file() for name in WEIGHTS):
+        source = _folder_source(text, converted, repo_id=source.repo_id, commit=source.commit, token=token)
+    return replace(source, streamed=streamed)
+
+
+def converted_folder(source: Source) -> Path:
+    """Return where this machine keeps safetensors of a commit that has pickles only, once they are made (`mats_hub.convert`)."""
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path("mats_hub", "converted") / f"{source.repo_id}@{source.commit}".replace("/", "--")
 
 
 def _folder_source(spec: str, folder: Path, **pinned: Any) -> Source:

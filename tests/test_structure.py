@@ -33,7 +33,7 @@ FLOORS = (
     ),
     ("linear_system", "source", "architecture", "report"),
     ("solver", "streaming", "figures"),
-    ("checkpoint",),
+    ("checkpoint", "pickles"),
     ("adapter", "bundle", "journal", "statistics.accumulate", "statistics.dataset"),
     ("lora", "output", "statistics.watch", "statistics.storage", "statistics.parallel"),
     ("adapter_opening", "statistics.file"),

@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
 
     for module in (statistics, recipes, choosing, compression, browsing):
         module.add_commands(commands)
+    convert = commands.add_parser(
+        "convert",
+        help="make safetensors of a model that has pickles only (pytorch_model.bin), running no code of theirs",
+    )
+    convert.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
+    convert.set_defaults(run=_convert)
     page = commands.add_parser("ui", help="open the page in which all this is done by clicking, on this machine")
     page.add_argument("--port", type=int, help="where to serve it; the first free one from 7860 on otherwise")
     page.set_defaults(run=_ui)
@@ -71,6 +77,12 @@ def _demo(output: str, device: str) -> None:
     from mats_hub.demo import run_demo
 
     run_demo(output, device, progress_bar, print)
+
+
+def _convert(model: str) -> None:
+    from mats_hub.pickles import convert
+
+    print(f"{model} is read from its safetensors in {convert(model)} now")
 
 
 def _ui(port: int | None) -> None:
