@@ -20,7 +20,7 @@ from mats_hub.device import moved, one_thread
 from mats_hub.errors import NumericalError
 from mats_hub.matching import norm
 from mats_hub.plan import PART_ENTRIES, SMALL_BYTES, Entry, Plan
-from mats_hub.threads import in_threads, keep_freed_memory, workers
+from mats_hub.threads import give_back_freed_memory, in_threads, keep_freed_memory, workers
 
 Array = NDArray[np.float64]
 Item = TypeVar("Item")
@@ -142,6 +142,7 @@ def over_spans(
         for _, value in pairs:
             total += value
         yield entry, total
+    give_back_freed_memory()
 
 
 def over_tensors(
@@ -167,6 +168,7 @@ def over_tensors(
     with one_thread() if device.type == "cpu" else nullcontext():
         yield from in_threads(do, small, count)
     yield from map(do, large)
+    give_back_freed_memory()
 
 
 def _at_once(device: torch.device) -> int:

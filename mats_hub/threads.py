@@ -6,9 +6,11 @@ anything else to do; pieces of work that do not depend on each other do not.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -38,6 +40,12 @@ def keep_freed_memory() -> None:
     longer than all that is computed with them. Where another C library is used this does nothing.
     """
     torch.empty(KEPT_BYTES, dtype=torch.uint8)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give back what it kept; see `keep_freed_memory`."""
+    with suppress(AttributeError, OSError, TypeError):  # not of all C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_threads(do: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
