@@ -8,7 +8,7 @@ A merge, from floor to floor:
     curvature                              the same as a linear map on one weight
     linear_system                          Σ wᵢ Cᵢ x = Σ wᵢ Cᵢ δᵢ
     initialization                         where the solve starts: average, task arithmetic, TIES, DARE
-    solver                                 conjugate gradient for k steps, or a closed form
+    solver, preconditioner, closed_form    conjugate gradient for k steps, or exactly
     recipe, plan                           what is asked for, and what will happen to every tensor
     reading, thresholds, matching, merging task vectors in parts or whole, one tensor's system, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors

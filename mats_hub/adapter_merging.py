@@ -25,10 +25,10 @@ from mats_hub.lora import Factors, LoraAdapter
 from mats_hub.matching import Merged, merge_deltas
 from mats_hub.merging import make_context
 from mats_hub.plan import MATRIX_KINDS, OUTPUT_DTYPES, Action, Entry, Plan
+from mats_hub.preconditioner import nearest_kronecker
 from mats_hub.progress import Progress, silent
 from mats_hub.reading import check_cast, check_finite, compute_dtype, deltas_at, over_tensors
 from mats_hub.report import TensorRecord, Watch
-from mats_hub.solver import nearest_kronecker
 from mats_hub.source import DTYPE_BYTES, TensorHeader
 
 ADAPTER_STEM = "adapter_model"

@@ -15,9 +15,10 @@ from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context
 from mats_hub.linear_system import LinearSystem, match, together
 from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
+from mats_hub.preconditioner import kronecker_preconditioner
 from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord
-from mats_hub.solver import Solution, conjugate_gradient, conjugate_gradients, exact, kronecker_preconditioner
+from mats_hub.solver import Solution, conjugate_gradient, conjugate_gradients, exact
 from mats_hub.statistics.file import conditioned_gram
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]

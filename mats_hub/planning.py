@@ -16,6 +16,7 @@ from mats_hub.adapter_planning import settle_format, with_origins
 from mats_hub.architecture import Architecture, align, describe, layer_pattern
 from mats_hub.base import open_base
 from mats_hub.checkpoint import parse_size
+from mats_hub.closed_form import has_closed_form
 from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
 from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
@@ -24,7 +25,6 @@ from mats_hub.initialization_options import Consensus, Slerp
 from mats_hub.lora import LoraAdapter
 from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
-from mats_hub.solver import has_closed_form
 from mats_hub.source import open_source
 from mats_hub.threads import in_threads, workers
 from mats_hub.vocabulary import Vocabulary, tell_config_differences

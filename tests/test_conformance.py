@@ -14,21 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mats_hub.closed_form import has_closed_form
 from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Sum, restrict
 from mats_hub.errors import NumericalError
 from mats_hub.initialization import INITIALIZATIONS, Context
 from mats_hub.initialization.ties import kept_rank
 from mats_hub.linear_system import LinearSystem, match, together
+from mats_hub.preconditioner import kronecker_preconditioner, nearest_kronecker
 from mats_hub.recipe import INITIALIZATION_OPTIONS
-from mats_hub.solver import (
-    Outcome,
-    conjugate_gradient,
-    conjugate_gradients,
-    exact,
-    has_closed_form,
-    kronecker_preconditioner,
-    nearest_kronecker,
-)
+from mats_hub.solver import Outcome, conjugate_gradient, conjugate_gradients, exact
 from mats_hub.thresholds import MagnitudeRank
 
 OUT, IN = 4, 5

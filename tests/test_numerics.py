@@ -13,7 +13,8 @@ from torch import Tensor
 from mats_hub.curvature import Curvature, Diagonal, Gram, Kronecker
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem, match
-from mats_hub.solver import conjugate_gradient, exact, kronecker_preconditioner
+from mats_hub.preconditioner import kronecker_preconditioner
+from mats_hub.solver import conjugate_gradient, exact
 
 OUT, IN = 12, 16
 

@@ -32,7 +32,9 @@ FLOORS = (
         "threads",
     ),
     ("linear_system", "source", "architecture", "report"),
-    ("solver", "streaming", "figures"),
+    ("closed_form", "streaming", "figures"),
+    ("preconditioner",),
+    ("solver",),
     ("checkpoint", "pickles"),
     ("adapter", "bundle", "journal", "statistics.accumulate", "statistics.dataset"),
     ("lora", "output", "statistics.watch", "statistics.storage", "statistics.parallel"),
@@ -63,7 +65,9 @@ FLOORS = (
 """Modules by floor: one may import those of lower floors, and its own floor's only when they are named in ASIDE."""
 
 ASIDE = {("hub", "merged_model"), ("merged_model", "hub")}
-ARRAYS_ONLY = ("curvature", "delta", "localize", "linear_system", "solver", "initialization")
+ARRAYS_ONLY = (
+    *("curvature", "delta", "localize", "linear_system", "closed_form", "preconditioner", "solver", "initialization"),
+)
 
 
 def module_name(path: Path) -> str:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mats_hub.curvature import Kronecker
 from mats_hub.linear_system import LinearSystem, match, together
-from mats_hub.solver import conjugate_gradient, conjugate_gradients, kronecker_preconditioner
+from mats_hub.preconditioner import kronecker_preconditioner
+from mats_hub.solver import conjugate_gradient, conjugate_gradients
 
 LAYERS = {
     "small": {(384, 384): 4, (1536, 384): 1, (384, 1536): 1},
