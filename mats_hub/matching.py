@@ -19,7 +19,7 @@ from mats_hub.preconditioner import kronecker_preconditioner
 from mats_hub.recipe import Solver
 from mats_hub.report import TensorRecord
 from mats_hub.solver import Solution, conjugate_gradient, conjugate_gradients, exact
-from mats_hub.statistics.file import conditioned_gram
+from mats_hub.statistics.conditioning import conditioned_gram
 
 Initialize = Callable[[list[Tensor], list[float], Context], Tensor]
 

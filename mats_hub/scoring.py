@@ -10,7 +10,7 @@ from torch import nn
 
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
-from mats_hub.statistics.tasks import TaskData
+from mats_hub.statistics.task_data import TaskData
 
 Metric = Literal["accuracy", "f1", "loss", "perplexity"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

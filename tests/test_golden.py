@@ -20,7 +20,7 @@ from mats_hub.linear_system import match
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.solver import conjugate_gradient, exact
 from mats_hub.statistics import Provenance, Statistics, Sums
-from mats_hub.statistics.file import conditioned_gram
+from mats_hub.statistics.conditioning import conditioned_gram
 from mats_hub.thresholds import MagnitudeRank
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,8 +16,10 @@ from test_loading import tiny_whisper
 import mats_hub
 from mats_hub.errors import StatisticsError
 from mats_hub.source import open_source
+from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.dataset import Columns
-from mats_hub.statistics.tasks import IGNORED, TaskData, open_task
+from mats_hub.statistics.task_data import TaskData
+from mats_hub.statistics.tasks import open_task
 
 TEXTS = models.tiny_texts(6, 1, shortest=3)
 TEMPLATE = (

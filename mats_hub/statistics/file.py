@@ -16,12 +16,18 @@ from torch import Tensor
 
 from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import TORCH_DTYPES
-from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank
+from mats_hub.curvature import Curvature, Dense, Gram, Identity, Kronecker, LowRank
 from mats_hub.errors import CheckpointError, RecipeError, StatisticsError, StatisticsMismatch, unknown
 from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
 from mats_hub.source import TensorHeader
 from mats_hub.statistics.accumulate import Sums, is_symmetric
+from mats_hub.statistics.conditioning import (
+    conditioned_block,
+    conditioned_gram,
+    conditioned_sketch,
+    normalized_diagonal,
+)
 from mats_hub.statistics.storage import (
     INDEX_ENDING,
     SCALE,
@@ -367,10 +373,10 @@ class Statistics:
         """
         if options.kind == "block_fisher":
             block = self.tensor(f"{parameter}.block_fisher").to(device, dtype) / max(self.provenance.examples, 1)
-            return Dense(_normalized(_off_diagonal(block, options.off_diagonal), options.normalization))
+            return conditioned_block(block, options)
         if options.kind == "fisher":
             values = self.tensor(f"{parameter}.fisher").to(device, dtype) / max(self.provenance.examples, 1)
-            return _normalized_diagonal(values.clamp(min=options.floor), options.normalization)
+            return normalized_diagonal(values.clamp(min=options.floor), options.normalization)
         uses = self.uses[parameter]
         parts = (self._of_use(use, module, parameter, options, device, dtype, len(uses) > 1) for use, module in uses)
         return reduce(add, parts)
@@ -394,21 +400,21 @@ class Statistics:
         if use == "embedding":
             counts = mean(f"{module}.input_counts")
             if shared:
-                return _normalized_diagonal(counts[:, None], options.normalization)
-            return _conditioned_sketch(LowRank(counts.new_zeros(len(counts), 0), counts), options)
+                return normalized_diagonal(counts[:, None], options.normalization)
+            return conditioned_sketch(LowRank(counts.new_zeros(len(counts), 0), counts), options)
         if use == "norm":
-            return _normalized_diagonal(mean(f"{parameter}.{VECTOR_SUMS[options.kind]}"), options.normalization)
+            return normalized_diagonal(mean(f"{parameter}.{VECTOR_SUMS[options.kind]}"), options.normalization)
         outer = self._sum_of(module, "output") if options.kind == "kfac" else None
         squares = f"{parameter}.gradient_squares"
         if use == "bias" and outer is None:  # of a constant input
             of_gradients = options.kind == "kfac" and squares in self.keys()
-            return _normalized_diagonal(mean(squares), options.normalization) if of_gradients else Identity()
+            return normalized_diagonal(mean(squares), options.normalization) if of_gradients else Identity()
 
         def gram(name: str) -> Gram | LowRank:
             if name.endswith("_gram"):
                 return conditioned_gram(mean(name), options)
             rest = mean(f"{name.removesuffix('factor')}rest")
-            return _conditioned_sketch(LowRank(mean(name) * count**0.5, rest), options)
+            return conditioned_sketch(LowRank(mean(name) * count**0.5, rest), options)
 
         outputs = gram(outer) if outer else None
         if use == "bias":
@@ -422,37 +428,3 @@ class Statistics:
 
 def _matrix(curvature: Gram | LowRank) -> Tensor:
     return curvature.dense().matrix if isinstance(curvature, LowRank) else curvature.matrix
-
-
-def conditioned_gram(matrix: Tensor, options: CurvatureOptions) -> Gram:
-    """Return the curvature of a Gram ``[d, d]`` with the recipe's off-diagonal factor and normalization."""
-    return Gram(_normalized(_off_diagonal(matrix, options.off_diagonal), options.normalization))
-
-
-def _conditioned_sketch(curvature: LowRank, options: CurvatureOptions) -> LowRank:
-    """Return a sketched Gram with the recipe's off-diagonal factor and normalization, as `conditioned_gram` does."""
-    seen = curvature.factor.square().sum(1)
-    rest = curvature.rest + (1 - options.off_diagonal) * seen
-    changed = LowRank(curvature.factor * options.off_diagonal**0.5, rest)
-    seen = changed.factor.square().sum(1)
-    gram = changed.factor.T @ changed.factor
-    frobenius = float(gram.square().sum() + 2 * (seen * rest).sum() + rest.square().sum()) ** 0.5
-    size = {"none": 1.0, "trace": float((seen + rest).mean()), "frobenius": frobenius}[options.normalization]
-    return changed.scaled(1 / size) if size > 0 else changed
-
-
-def _off_diagonal(matrix: Tensor, factor: float) -> Tensor:
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    return matrix if factor == 1 else matrix * factor + torch.diag_embed(diagonal * (1 - factor))
-
-
-def _normalized(matrix: Tensor, how: str) -> Tensor:
-    size = {"none": 1.0, "trace": float(matrix.diagonal(dim1=-2, dim2=-1).mean()), "frobenius": float(matrix.norm())}[
-        how
-    ]
-    return matrix / size if size > 0 else matrix
-
-
-def _normalized_diagonal(values: Tensor, how: str) -> Diagonal:
-    size = {"none": 1.0, "trace": float(values.mean()), "frobenius": float(values.norm())}[how]
-    return Diagonal(values / size if size > 0 else values)

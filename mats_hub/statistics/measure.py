@@ -29,7 +29,8 @@ from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.parallel import total
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
 from mats_hub.statistics.sketch import Sketch
-from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, TaskData, generate, open_task
+from mats_hub.statistics.task_data import TaskData
+from mats_hub.statistics.tasks import GENERATED, GENERATED_TASK, generate, open_task
 from mats_hub.statistics.watch import transposed_modules
 
 MODULES = ("touched", "all")

@@ -1,0 +1,138 @@
+"""How one example of each kind of task becomes a model's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mats_hub.errors import StatisticsError, unknown
+from mats_hub.statistics.collect import IGNORED
+from mats_hub.statistics.task_data import TaskData, predicts_numbers
+
+
+def _text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    texts = [row[column] for column in data.columns.text]
+    return dict(data.tokenizer(*texts, truncation=data.max_length is not None, max_length=data.max_length))
+
+
+def text_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's, or a pair of texts', tokens and its label."""
+    return {**_text(data, row), **_label(data, row)}
+
+
+def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's tokens, which are its labels, too."""
+    features = _text(data, row)
+    return {**features, "labels": list(features["input_ids"])}
+
+
+def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
+    messages = row[data.columns.messages or ""]
+    ids: list[int] = []
+    labels: list[int] = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = data.templated(messages[:position], add_generation_prompt=True)
+        turn = data.templated(messages[: position + 1])
+        if turn[: len(prompt)] != prompt or prompt[: len(ids)] != ids:
+            raise StatisticsError(
+                "the tokenizer's chat template changes earlier turns when one is added, so that the assistant's tokens cannot be "
+                "told from the others; give the data as plain text, or conversations of one answer each"
+            )
+        labels += [IGNORED] * (len(prompt) - len(ids)) + turn[len(prompt) :]
+        ids = turn
+    cut = slice(0, data.max_length)
+    return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+
+
+def seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's tokens, and as labels those of the text that it becomes."""
+    target = data.tokenizer(
+        text_target=row[data.columns.target or ""], truncation=data.max_length is not None, max_length=data.max_length
+    )
+    return {**_text(data, row), "labels": list(target["input_ids"])}
+
+
+def speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sound's features, and as labels the tokens of what is said."""
+    sound = row[data.columns.audio or ""]
+    samples, rate = (sound["array"], sound["sampling_rate"]) if isinstance(sound, dict) else (sound, None)
+    wanted = data.processor.sampling_rate
+    if rate not in (None, wanted):
+        raise StatisticsError(
+            f"column {data.columns.audio!r} has {rate} samples a second, but the model hears {wanted}; cast it with "
+            f"datasets.Audio(sampling_rate={wanted})"
+        )
+    found = data.processor(samples, sampling_rate=wanted, return_tensors="pt")
+    labels = list(data.tokenizer(text_target=row[data.columns.target or ""])["input_ids"])
+    labels = labels[1:] if labels[:1] == [data.config.decoder_start_token_id] else labels  # the model puts it there
+    return {"input_features": found["input_features"][0], "labels": labels[: data.max_length]}
+
+
+def tokens(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return tokens as they are, which are the labels, too."""
+    ids = row["input_ids"]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+
+def _pixels(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    image = row[data.columns.image or ""]
+    channels = getattr(data.config, "vision_config", data.config).num_channels
+    return {
+        "pixel_values": data.processor(image.convert("RGB") if channels == 3 else image, return_tensors="pt")[
+            "pixel_values"
+        ][0]
+    }
+
+
+def image_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return an image's pixels and its label."""
+    return {**_pixels(data, row), **_label(data, row)}
+
+
+def image_among_classes(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return an image's pixels, and as its label the number of its class among the classes' names."""
+    if data.columns.label is None:
+        return _pixels(data, row)
+    value, names = row[data.columns.label], data.class_names
+    if value not in names and not (isinstance(value, int) and 0 <= value < len(names)):
+        raise StatisticsError(unknown("class", str(value), names))
+    return {**_pixels(data, row), "labels": names.index(value) if value in names else value}
+
+
+def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    if data.columns.label is None:
+        return {}
+    value, config = row[data.columns.label], data.config
+    if predicts_numbers(config):
+        return {"labels": [float(v) for v in value] if isinstance(value, list) else float(value)}
+    if config.problem_type == "multi_label_classification":
+        return {"labels": _indicators(data, value)}
+    return {"labels": _label_id(data, value)}
+
+
+def _indicators(data: TaskData, value: Any) -> list[float]:
+    """Return zeros and ones for each label, from such a list or from a list of the labels that hold."""
+    if not isinstance(value, list):
+        raise StatisticsError(
+            f"label {value!r} in column {data.columns.label!r} is no list, but the model gives an example several labels"
+        )
+    if len(value) == data.config.num_labels and all(v in (0, 1, 0.0, 1.0) for v in value):
+        return [float(v) for v in value]
+    held = {_label_id(data, v) for v in value}
+    return [float(i in held) for i in range(data.config.num_labels)]
+
+
+def _label_id(data: TaskData, value: Any) -> int:
+    if isinstance(value, str):
+        known = data.config.label2id or {}
+        if value not in known:
+            raise StatisticsError(unknown("label", value, known))
+        value = known[value]
+    if not isinstance(value, int) or not 0 <= value < data.config.num_labels:
+        raise StatisticsError(
+            f"label {value!r} in column {data.columns.label!r}, but the model has {data.config.num_labels} labels "
+            f"(0 to {data.config.num_labels - 1}); is this the data set the expert was trained on?"
+        )
+    return int(value)

@@ -1,0 +1,244 @@
+"""A task's examples as model inputs, the model's own loss on them, and its score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mats_hub.errors import StatisticsError
+from mats_hub.statistics.collect import IGNORED
+from mats_hub.statistics.dataset import Columns
+
+PHRASE = "a photo of a {}"
+"""How a class's name is put in words for a model of images and texts (Radford et al. 2021, section 3.1.4)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of task.
+
+    Attributes:
+        name: what it is called.
+        suffixes: endings of the transformers classes that do it.
+        roles: the columns it needs.
+        encode: (task data, example) → features of one example.
+        per_token: whether the loss of an example is a mean over its tokens, so that a batch's is computed from logits.
+        mapping: transformers' table of the classes that do it, where their names do not tell.
+        processor: the class that reads images or sounds, and the file it comes from.
+
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    roles: tuple[str, ...]
+    encode: Callable[[TaskData, dict[str, Any]], dict[str, Any]]
+    per_token: bool = False
+    mapping: str = ""
+    processor: tuple[str, str] | None = None
+
+
+@dataclass
+class TaskData:
+    """A task's examples, ready for a model.
+
+    Attributes:
+        task: the kind of task.
+        dataset: the examples (`datasets.Dataset`).
+        columns: the columns they are read from.
+        config: the model's config.
+        tokenizer: for text.
+        processor: for images and sounds.
+        max_length: tokens after which a text is cut.
+        drawn: row → labels drawn from the model's predictions, in place of the data's.
+        last_batch: number of the batch that was handed out last.
+        classes: inputs that go with every example: the names of the classes that an image is told from.
+
+    """
+
+    task: Task
+    dataset: Any
+    columns: Columns
+    config: Any
+    tokenizer: Any = None
+    processor: Any = None
+    max_length: int | None = None
+    drawn: dict[int, Any] = field(default_factory=dict)
+    last_batch: int = -1
+    classes: dict[str, Tensor] = field(default_factory=dict)
+
+    def batches(
+        self, size: int, device: torch.device | str = "cpu", first: int = 0, step: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
+
+        With `first` and `step` only every `step`-th batch, from number `first` on.
+        Texts without a single token (the empty lines of a language-model corpus) are left out.
+        """
+        for start in range(first * size, len(self.dataset), step * size):
+            self.last_batch = start // size
+            indices = range(start, min(start + size, len(self.dataset)))
+            features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
+            if features:
+                yield {key: value.to(device) for key, value in self._padded(features).items()}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes that an image is told from: the label column's, or the different labels in it."""
+        column = self.columns.label
+        if column is None:
+            return []
+        feature = self.dataset.features[column]
+        return list(getattr(feature, "names", None) or sorted({str(value) for value in self.dataset[column]}))
+
+    def name_classes(self) -> None:
+        """Put every class's name in words, in `PHRASE`, as inputs that go with every example."""
+        if not self.class_names:
+            raise StatisticsError(
+                "an image is told from the classes by their names; name the label column with --label"
+            )
+        phrases = [PHRASE.format(name.replace("_", " ")) for name in self.class_names]
+        self.classes = dict(
+            self.tokenizer(phrases, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        )
+
+    def _features(self, index: int) -> dict[str, Any]:
+        features = self.task.encode(self, self.dataset[index])
+        return {**features, "labels": self.drawn[index]} if index in self.drawn else features
+
+    @torch.no_grad()
+    def draw_labels(self, model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
+        """Take, from now on, labels drawn from the model's own predictions (of the true Fisher) for every example.
+
+        Tokens are drawn for each place given the data's tokens before it. A draw depends on the seed and the example's
+        place alone. A regression's label is drawn from a normal distribution of variance one about the prediction.
+        """
+        model.eval()
+        for index in range(len(self.dataset)):
+            features = self._features(index)
+            if features.get("input_ids") == []:
+                continue
+            batch = {key: value.to(device) for key, value in self._padded([features]).items()}
+            logits = self.logits(model, batch)[0].float().cpu()
+            digest = hashlib.sha256(f"{seed}\0{index}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            self.drawn[index] = self._draw(logits, features.get("labels"), generator)
+
+    def _draw(self, logits: Tensor, labels: Any, generator: torch.Generator) -> Any:
+        if self.task.per_token:
+            shift = 0 if self.config.is_encoder_decoder else 1
+            tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+            moved = [IGNORED] * shift + tokens
+            return [IGNORED if old == IGNORED else new for old, new in zip(labels, moved, strict=False)]
+        if self.is_regression:
+            drawn = logits + torch.randn(logits.shape, generator=generator)
+            return float(drawn) if len(drawn) == 1 else drawn.tolist()
+        if not self.classes and self.config.problem_type == "multi_label_classification":
+            return torch.bernoulli(logits.sigmoid(), generator=generator).tolist()
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+    def _padded(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        padding = {"labels": IGNORED, "input_ids": getattr(self.tokenizer, "pad_token_id", None) or 0}
+        lengths = {k: max(len(f[k]) for f in features) for k, v in features[0].items() if isinstance(v, list)}
+        if (
+            self.task.per_token
+            and self.config.is_encoder_decoder
+            and lengths.get("labels")
+            and lengths["labels"] == lengths.get("input_ids")
+        ):
+            lengths["labels"] += 1  # the two sides must differ in length, for their masks are told apart by shape
+        for key in features[0]:
+            values = [feature[key] for feature in features]
+            if isinstance(values[0], Tensor):
+                batch[key] = torch.stack(values)
+            elif isinstance(values[0], list):
+                fill = padding.get(key, 0)
+                batch[key] = torch.tensor([v + [fill] * (lengths[key] - len(v)) for v in values])
+            else:
+                batch[key] = torch.tensor(values)
+        return batch
+
+    def templated(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        """Return the tokens of a conversation in the tokenizer's chat template."""
+        if not self.tokenizer.chat_template:
+            raise StatisticsError("the tokenizer has no chat template; give the data as plain text (--text)")
+        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
+    def masks(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
+        masks = []
+        masked = {**batch, **self.classes}
+        if "attention_mask" in masked:
+            masks.append(masked["attention_mask"].bool())
+        if self.task.per_token and self.config.is_encoder_decoder and "labels" in batch:
+            masks.append(batch["labels"] != IGNORED)
+        return masks
+
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """Return the model's outputs for a batch."""
+        classes = {key: value.to(next(iter(batch.values())).device) for key, value in self.classes.items()}
+        left_out = ("labels",) if classes else ()
+        return model(**{key: value for key, value in batch.items() if key not in left_out}, **classes)
+
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the model's logits for a batch, ``[batch, (tokens,) labels]``."""
+        output = self.forward(model, batch)
+        return output.logits_per_image if self.classes else output.logits
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the sum over the batch's examples of the model's own loss on each example alone."""
+        if self.classes:  # of an image among the classes; the model's own loss is of pairs in a batch
+            return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["labels"], reduction="sum")
+        output = self.forward(model, batch)
+        if not self.task.per_token:
+            return output.loss.float() * len(batch["labels"])
+        logits, labels = self.shifted(output.logits, batch["labels"])
+        losses = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+        )
+        return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).sum()
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, batch_size: int = 64, device: torch.device | str = "cpu") -> float:
+        """Return the share of labels (of tokens, for language models) that `model` predicts, in [0, 1].
+
+        Raises:
+            StatisticsError: the model predicts numbers, not labels.
+
+        """
+        if self.is_regression and not self.task.per_token:
+            raise StatisticsError(
+                "a regression head predicts numbers, of which there is no accuracy; compare them yourself"
+            )
+        several = not self.classes and self.config.problem_type == "multi_label_classification"
+        model.eval()
+        right = count = 0
+        for batch in self.batches(batch_size, device):
+            logits, labels = self.logits(model, batch), batch["labels"]
+            if self.task.per_token:
+                logits, labels = self.shifted(logits, labels)
+            counted = labels != IGNORED
+            predicted = (logits > 0).to(labels) if several else logits.argmax(-1)
+            right += int((predicted == labels)[counted].sum())
+            count += int(counted.sum())
+        return right / max(count, 1)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the model predicts numbers."""
+        return not self.classes and predicts_numbers(self.config)
+
+    def shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and labels of tokens, those of one place beside each other."""
+        # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
+        return (logits, labels) if self.config.is_encoder_decoder else (logits[:, :-1], labels[:, 1:])
+
+
+def predicts_numbers(config: Any) -> bool:
+    """Tell whether a classifier's labels are numbers."""
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
