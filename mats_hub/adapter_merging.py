@@ -29,7 +29,7 @@ from mats_hub.preconditioner import nearest_kronecker
 from mats_hub.progress import Progress, silent
 from mats_hub.reading import check_cast, check_finite, compute_dtype, deltas_at, over_tensors
 from mats_hub.report import TensorRecord, Watch
-from mats_hub.source import DTYPE_BYTES, TensorHeader
+from mats_hub.tensor_header import DTYPE_BYTES, TensorHeader
 
 ADAPTER_STEM = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -10,7 +10,8 @@ from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.lora import LoraAdapter
 from mats_hub.plan import Entry, Plan
-from mats_hub.source import Source, TensorHeader
+from mats_hub.source import Source
+from mats_hub.tensor_header import TensorHeader
 
 
 def settle_format(plan: Plan) -> None:

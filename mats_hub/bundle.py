@@ -13,7 +13,8 @@ from torch import Tensor
 from mats_hub.checkpoint import Checkpoint, CheckpointWriter, check_fields
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
 from mats_hub.localize import unpack
-from mats_hub.source import Source, TensorHeader, file_sha256, open_source
+from mats_hub.source import Source, file_sha256, open_source
+from mats_hub.tensor_header import TensorHeader
 
 BUNDLE_FILE = "mats_bundle.json"
 VECTOR_STEM = "multi_task_vector"

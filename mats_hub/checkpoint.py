@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError
-from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, TensorHeader, tensor_offsets
+from mats_hub.source import Source
 from mats_hub.streaming import StreamedFile
+from mats_hub.tensor_header import DTYPE_BYTES, TORCH_DTYPE_NAMES, TensorHeader, tensor_offsets
 
 TORCH_DTYPES = {name: getattr(torch, own) for name, own in TORCH_DTYPE_NAMES.items()}
 

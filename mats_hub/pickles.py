@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError, OutputError
-from mats_hub.source import TORCH_DTYPE_NAMES, WEIGHTS, Source, converted_folder, give_usual_mode, open_source
+from mats_hub.source import WEIGHTS, Source, converted_folder, give_usual_mode, open_source
+from mats_hub.tensor_header import TORCH_DTYPE_NAMES
 
 FOREIGN = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pb", ".pkl", ".pt", ".pth", ".tflite")

@@ -17,9 +17,10 @@ from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import MatsError, PlanError, ResourceError
 from mats_hub.expert import Expert
 from mats_hub.recipe import Recipe
-from mats_hub.source import Source, TensorHeader
+from mats_hub.source import Source
 from mats_hub.statistics.file import Statistics
 from mats_hub.streaming import AHEAD, CHUNK_BYTES
+from mats_hub.tensor_header import TensorHeader
 from mats_hub.threads import workers
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

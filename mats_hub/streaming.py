@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mats_hub.errors import CheckpointError, WrongBytes
-from mats_hub.source import DTYPE_BYTES, TORCH_DTYPE_NAMES, Source, check_header
+from mats_hub.source import Source
+from mats_hub.tensor_header import DTYPE_BYTES, TORCH_DTYPE_NAMES, check_header
 
 CHUNK_BYTES = 4 * 2**20
 """What one request asks for."""

@@ -42,7 +42,8 @@ from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError
 from mats_hub.expert import Expert
 from mats_hub.loading import load_expert
 from mats_hub.lora import LoraAdapter
-from mats_hub.source import TensorHeader, open_source
+from mats_hub.source import open_source
+from mats_hub.tensor_header import TensorHeader
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

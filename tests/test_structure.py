@@ -27,6 +27,7 @@ FLOORS = (
         "initialization",
         "localize",
         "processes",
+        "tensor_header",
         "progress",
         "statistics.sketch",
         "threads",

@@ -20,7 +20,6 @@ from mats_hub.curvature import Curvature, Dense, Gram, Identity, Kronecker, LowR
 from mats_hub.errors import CheckpointError, RecipeError, StatisticsError, StatisticsMismatch, unknown
 from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
-from mats_hub.source import TensorHeader
 from mats_hub.statistics.accumulate import Sums, is_symmetric
 from mats_hub.statistics.conditioning import (
     conditioned_block,
@@ -40,6 +39,7 @@ from mats_hub.statistics.storage import (
     side,
     write,
 )
+from mats_hub.tensor_header import TensorHeader
 
 STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter
 from mats_hub.errors import CheckpointError, StatisticsError
-from mats_hub.source import TensorHeader, read_header
 from mats_hub.statistics.accumulate import Sums, is_symmetric
+from mats_hub.tensor_header import TensorHeader, read_header
 
 INDEX_ENDING = ".index.json"
 SCALE = ".scale"
