@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import os
-import re
 import time
 import typing
 from collections.abc import Iterator
@@ -14,18 +12,19 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from example_experts import EXAMPLE, HUB_ID, Example, check_ids
 from lineage_graph import lineage_svg
-from merge_jobs import AGREEMENT, EXAMPLE, HUB_ID, Example, Job, Jobs, answers, check_ids, what_does_not_fit
+from merge_jobs import Job, Jobs, what_does_not_fit
 from presets import PRESETS, TITLES
+from run_views import answers, body_of, curves_of, pictures, problem_list, scores, worst
 
 import mats_hub
-from mats_hub import MatsError, MergedModel, Recipe
+from mats_hub import MatsError, Recipe
 from mats_hub.browsing import read_card, read_recipe
 from mats_hub.jobs import hardware
 from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, Solver
 
 ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
-MAX_CURVES = 12
 
 MAX_RUNS = 20
 """Merges of his that a visitor's browser remembers."""
@@ -96,12 +95,6 @@ def cards(experts: list[str], base: str, token: gr.OAuthToken | None) -> str:
     table = f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{base_line}"
     fine = "" if plan.problems else "<p>✓ They fit together.</p>"
     return table + fine + problem_list([str(problem) for problem in plan.problems])
-
-
-def problem_list(problems: list[str]) -> str:
-    """Return problems, each with its way out, as a list."""
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in problems)
-    return f"<div role='alert' class='problems'><b>What stands in the way</b><ul>{items}</ul></div>" if items else ""
 
 
 # --- 2. how
@@ -274,18 +267,6 @@ def open_run(table: pd.DataFrame, event: gr.SelectData) -> tuple[str, Any, Any, 
     return name, gr.Timer(active=True), gr.Tabs(selected="merge"), gr.Walkthrough(selected=3)
 
 
-def curves_of(curves: dict[str, list[float]]) -> pd.DataFrame:
-    """Return the residuals of the last solved tensors, as rows to plot."""
-    shown = list(curves.items())[-MAX_CURVES:]
-    rows = [
-        (step, math.log10(max(residual, 1e-12)), key.removesuffix(".weight"))
-        for key, residuals in shown
-        for step, residual in enumerate(residuals)
-        if step % max(len(residuals) // 40, 1) == 0
-    ]
-    return pd.DataFrame(rows, columns=["iteration", "log10 of the relative residual", "tensor"])
-
-
 def status(job: Job | None) -> str:
     """Return where a merge is."""
     if job is None:
@@ -319,38 +300,6 @@ def poll(name: str | None) -> tuple[Any, ...]:
     return *now, gr.Walkthrough(selected=4), pictures(job, merged), scores(merged), worst(merged), card
 
 
-def pictures(job: Job, merged: MergedModel) -> list[tuple[str, str]]:
-    """Return the figures of a merge, with words for each."""
-    words = {
-        "results": "Score of each model on each task",
-        "convergence": "Relative residual of every solved weight",
-        "movement": "How far each tensor moved",
-    }
-    shown = [(merged.folder / "figures" / f"{name}.png", text) for name, text in words.items()]
-    shown.append((job.folder / AGREEMENT, "Where the experts agree, by layer"))
-    return [(str(path), text) for path, text in shown if path.exists()]
-
-
-def scores(merged: MergedModel) -> pd.DataFrame:
-    """Return a row for each task and a column for each model."""
-    rows = merged.report.results
-    if not rows:
-        return pd.DataFrame({"": ["no results: the page has no data of these experts' tasks"]})
-    table = pd.DataFrame(rows).pivot_table(index="task", columns="model", values="value", sort=False).round(3)
-    table.loc["mean"] = table.mean().round(3)
-    return table.reset_index()
-
-
-def worst(merged: MergedModel) -> pd.DataFrame:
-    """Return the layers that are least converged."""
-    solved = [record for record in merged.report.solved if record.residual is not None]
-    solved.sort(key=lambda record: -(record.residual or 0.0))
-    return pd.DataFrame(
-        [(record.key, record.iterations, f"{record.residual:.2e}", record.outcome) for record in solved[:8]],
-        columns=["weight", "steps", "relative residual", "how it ended"],
-    )
-
-
 def try_it(name: str | None, text: str, image: Any) -> list[list[str]]:
     """Return what the merged model says to an input, for each task."""
     job = JOBS.get(name)
@@ -373,12 +322,6 @@ def example_image(number: float) -> Any:
 
 
 # --- 5. publish
-
-
-def body_of(card: str) -> str:
-    """Return a card without its front matter, and with words in place of figures that are beside it."""
-    body = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.DOTALL)
-    return re.sub(r"!\[([^\]]*)\]\(figures/[^)]*\)", r"*Figure: \1.*", body)
 
 
 def publish(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -19,13 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mats_hub
-from mats_hub import MatsError, MergedModel, Plan, Recipe, demo
-from mats_hub.conflict import by_layer, draw
+from example_experts import Example
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
-EXAMPLE = "example/"
-"""What the ids of the example's experts begin with; they are trained here, not fetched."""
+import mats_hub
+from mats_hub import MatsError, MergedModel, Plan, Recipe
+from mats_hub.conflict import by_layer, draw
 
 AGREEMENT = "agreement.png"
 KEEP_SECONDS = 3600.0
@@ -269,7 +265,7 @@ class Jobs:
             for _ in job.progress((None,), 1, "beginning"):
                 merge_there(job.recipe.to_yaml(), str(job.folder), job.token)
             if job.is_example and self._example:
-                self._example.evaluate(job)
+                self._example.evaluate(MergedModel.open(job.output), job.progress)
             if after:
                 after(job)
             self._end(job, "done")
@@ -306,129 +302,6 @@ def default_root() -> Path:
     return Path(os.environ.get("MATS_JOBS") or Path(constants.HF_HOME, "mats_hub", "jobs"))
 
 
-class Example:
-    """The experts of the example: trained here once, so that the page works without a network."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._folder: Path | None = None
-        self.data: dict[str, dict[str, Any]] = {}
-
-    @property
-    def ids(self) -> list[str]:
-        """The experts' ids."""
-        return [f"{EXAMPLE}{name}" for name in demo.TASKS]
-
-    def prepare(self, progress: Callable[..., Iterable[Any]]) -> None:
-        """Train the base and the experts, unless that is done."""
-        with self._lock:
-            if self._folder is None:
-                folder = Path(tempfile.mkdtemp(prefix="mats-example-"))
-                try:
-                    self.data = demo.make_experts(folder, "auto", progress)
-                except BaseException:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    raise
-                self._folder = folder
-                atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-    def path(self, name: str) -> str:
-        """Return where an expert of the example is."""
-        assert self._folder is not None
-        task = name.removeprefix(EXAMPLE)
-        return str(self._folder / ("base" if task == "base" else f"experts/{task}"))
-
-    def evaluate(self, job: Job) -> None:
-        """Score the experts, their average and the merged model on the example's test data."""
-        merged = MergedModel.open(job.output)
-        processor = self.path(f"{EXAMPLE}base")
-        average = mats_hub.merge([self.path(name) for name in self.ids], base=processor, method="average")
-        models = {
-            "expert": lambda task: mats_hub.load(self.path(f"{EXAMPLE}{task}")),
-            "average": average.load,
-            "merged": merged.load,
-        }
-        pairs = [(task, name) for name in models for task in demo.TASKS]
-        merged.add_results(
-            [
-                {
-                    "task": task,
-                    "metric": "accuracy",
-                    "model": name,
-                    "dataset": f"digits, {task}",
-                    "value": mats_hub.evaluate(
-                        models[name](task), dataset=self.data[task]["test"], processor=processor
-                    ),
-                }
-                for task, name in job.progress(pairs, len(pairs), "measuring on test data")
-            ]
-        )
-
-
-def check_ids(recipe: Recipe, example: Example) -> Recipe:
-    """Return the recipe with the example's ids replaced by where it is, after refusing whatever is no Hub id.
-
-    Raises:
-        ValueError: something in it is a path, a URL, or no id at all.
-
-    """
-
-    def checked(name: str | None, what: str) -> str | None:
-        if name is None:
-            return None
-        if name in (*example.ids, f"{EXAMPLE}base"):
-            return example.path(name)
-        if not HUB_ID.fullmatch(name) or ".." in name or Path(name).exists():
-            raise ValueError(f"{what} {name[:80]!r} is no Hub id; write owner/name or owner/name@revision")
-        return name
-
-    experts = [
-        entry.model_copy(
-            update={
-                "model": checked(entry.model, "the expert"),
-                "name": entry.name or entry.model.partition("@")[0].rsplit("/", 1)[-1],
-                "statistics": checked(entry.statistics, "the statistics"),
-            }
-        )
-        for entry in recipe.experts
-    ]
-    changes = {"experts": tuple(experts), "base": checked(recipe.base, "the base")}
-    return recipe.model_copy(update={**changes, "tokenizer": checked(recipe.tokenizer, "the tokenizer")})
-
-
 def what_does_not_fit(plan: Plan) -> list[str]:
     """Return what this machine has too little of for a merge, with what helps."""
     return [str(problem) for problem in plan.shortages(Path(tempfile.gettempdir()), FREE_SHARE)]
-
-
-def answers(job: Job, given: Any) -> list[list[str]]:
-    """Return a row for each task: what the merged model says to a text or an image, and what the task's expert says."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    assert job.merged is not None
-    folder = job.merged.folder
-    if isinstance(given, str):
-        inputs = AutoTokenizer.from_pretrained(folder)(given, return_tensors="pt", truncation=True)
-    else:
-        inputs = AutoImageProcessor.from_pretrained(folder)(given.convert("RGB"), return_tensors="pt")
-    return [
-        [
-            entry.name or "",
-            *answer(job.merged.load(entry.name), inputs),
-            *answer(mats_hub.load(entry.model, token=job.token), inputs),
-        ]
-        for entry in job.recipe.experts
-    ]
-
-
-def answer(model: Any, inputs: Any) -> tuple[str, str]:
-    """Return the label that a model gives to an input, and its probability in words."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    if logits.dim() != 2:
-        raise ValueError("only models that classify can be tried here; load it with the lines on its card")
-    chances = logits[0].softmax(-1)
-    best = int(chances.argmax())
-    return str(model.config.id2label[best]), f"{float(chances[best]):.0%}"

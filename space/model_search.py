@@ -8,7 +8,7 @@ from collections import OrderedDict
 from typing import Any
 
 import gradio as gr
-from merge_jobs import HUB_ID
+from example_experts import HUB_ID
 
 from mats_hub import MatsError
 from mats_hub.hub_client import hub_api, hub_errors

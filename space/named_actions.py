@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+from example_experts import check_ids
 from merge_actions import EXAMPLE_EXPERTS, JOBS, ON_A_SPACE
-from merge_jobs import check_ids
 
 import mats_hub
 from mats_hub import MatsError, Recipe
