@@ -81,7 +81,8 @@ class Checkpoint:
             method = self.config["quantization_config"].get("quant_method", "an unnamed method")
             raise CheckpointError(
                 f"{source.spec!r} is quantized ({method}): its integers are not weights that can be added. Use the "
-                "repository it was quantized from, and quantize the merged model afterwards"
+                "repository it was quantized from (for adapters as the base, with --allow-other-base), and quantize the merged "
+                "model afterwards"
             )
         for filename in source.weight_files:
             for name, header in source.headers(filename).items():
