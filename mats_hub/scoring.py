@@ -75,13 +75,13 @@ def _f1(data: TaskData, model: nn.Module, batch_size: int, device: torch.device 
     pairs: list[Any] = []
     for batch in data.batches(batch_size, device):
         logits, labels = data.logits(model, batch), batch["labels"]
-        if several or data.is_regression or data.task.name in ("causal-lm", "seq2seq", "chat", "speech"):
+        if several or data.is_regression or not data.task.classifies:
             raise StatisticsError(f"f1 is of single labels, and this {data.task.name} model predicts others; use loss")
         counted = labels != IGNORED
         pairs.append(torch.stack([logits.argmax(-1)[counted], labels[counted]]).cpu())
     predicted, true = torch.cat(pairs, 1)
     names = torch.unique(torch.cat([predicted, true])).tolist()
-    binary = data.config.num_labels == 2 and data.task.name != "token-classification"
+    binary = data.config.num_labels == 2 and not data.task.per_token
 
     def of(name: int) -> float:
         hits = int(((predicted == name) & (true == name)).sum())

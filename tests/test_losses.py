@@ -193,6 +193,130 @@ def test_a_template_that_changes_earlier_turns_is_refused(chat, tmp_path):
         next(data.batches(1))
 
 
+# --- words, answers, masked tokens
+
+
+def save_bert(folder: Path, class_name: str, **options: Any) -> Any:
+    body = models.tiny_bert_body(seed=2)
+    for name, value in options.items():
+        setattr(body.config, name, value)
+    with models.seeded(3):
+        model = getattr(transformers, class_name)(body.config).eval()
+    tokenizer = models.tiny_tokenizer("bert")
+    tokenizer.mask_token = "[UNK]"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return model
+
+
+TAGS = {"O": 0, "B": 1, "I": 2}
+SENTENCES = [["the", "film", "was"], ["very good", "plot"], ["it"], ["they", "liked", "the slow", "song"]]
+CONTEXT = "the film was very good and the plot was dull"
+TOKEN_TASKS: dict[str, tuple[str, dict[str, list[Any]], list[Any]]] = {
+    # class of the model: its task, rows, the labels of each row's tokens; of answers the first and last token
+    "BertForTokenClassification": (
+        "token-classification",
+        {"tokens": SENTENCES, "ner_tags": [[0, 1, 2], [1, 0], [IGNORED], [0, 1, 2, 0]]},
+        [
+            [IGNORED, 0, 1, 2, IGNORED],
+            [IGNORED, 1, IGNORED, 0, IGNORED],
+            [IGNORED] * 3,
+            [IGNORED, 0, 1, 2, IGNORED, 0, IGNORED],
+        ],
+    ),
+    "BertForQuestionAnswering": (
+        "question-answering",
+        {
+            "question": ["it was good", "so", "was it dull", "it"],
+            "context": [CONTEXT, CONTEXT, CONTEXT, CONTEXT * 9],
+            "answers": [
+                {"text": ["very good", "film"], "answer_start": [13, 4]},
+                {"text": ["he"], "answer_start": [1]},
+                {"text": [], "answer_start": []},
+                {"text": ["dull"], "answer_start": [len(CONTEXT * 9) - 4]},
+            ],
+        },
+        [[8, 9], [3, 3], [0, 0], [0, 0]],
+    ),
+    "BertForMaskedLM": ("fill-mask", {"text": TEXTS[:4]}, []),
+}
+
+
+@pytest.mark.parametrize("class_name", TOKEN_TASKS)
+def test_what_is_told_token_by_token(class_name, tmp_path):
+    task, rows, expected = TOKEN_TASKS[class_name]
+    named = {"id2label": {i: tag for tag, i in TAGS.items()}, "label2id": TAGS} if "ner_tags" in rows else {}
+    model = save_bert(tmp_path, class_name, **named)
+    _, data = task_of(tmp_path, rows)
+    assert data.task.name == task
+    examples = list(data.batches(1))
+    if expected:
+        assert [example["labels"][0].tolist() for example in examples] == expected
+    for example in examples if task == "fill-mask" else ():
+        masked = example["labels"] != IGNORED
+        assert masked.sum() == max(1, round(0.15 * (masked.numel() - 2)))
+        assert (example["input_ids"][masked] == data.tokenizer.mask_token_id).all()
+        assert not masked[0, [0, -1]].any()
+    loss = 0.0
+    for example in examples:
+        labels = example.pop("labels")
+        if task == "question-answering":
+            loss += model(**example, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss
+        elif (labels != IGNORED).any():
+            loss += model(**example, labels=labels).loss
+    for size in (1, 3, 4):
+        found = sum(data.loss(model, batch) for batch in data.batches(size))
+        torch.testing.assert_close(found, torch.as_tensor(loss), rtol=1e-5, atol=1e-5)
+    batches = [
+        mats_hub.compute_statistics(
+            tmp_path, dataset=data.dataset, kind=["kfac", "fisher"], batch_size=size, device="cpu"
+        )
+        for size in (1, 4)
+    ]
+    for key in batches[0].keys():  # noqa: SIM118
+        one, other = (found.tensor(key) for found in batches)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9 + 1e-6 * float(one.abs().max()))
+    drawn = mats_hub.compute_statistics(tmp_path, dataset=data.dataset, kind="fisher", labels="model", device="cpu")
+    assert drawn.provenance.label_source == "model"
+    right = total = 0
+    for example in data.batches(1):
+        labels = example["labels"]
+        told = data.logits(model, example).argmax(-1)[labels != IGNORED]
+        right, total = right + int((told == labels[labels != IGNORED]).sum()), total + int((labels != IGNORED).sum())
+    assert mats_hub.evaluate(tmp_path, dataset=data.dataset) == pytest.approx(right / total)
+    if task == "token-classification":
+        assert 0 <= mats_hub.evaluate(tmp_path, dataset=data.dataset, metric="f1") <= 1
+    else:
+        with pytest.raises(StatisticsError, match="f1 is of single labels"):
+            mats_hub.evaluate(tmp_path, dataset=data.dataset, metric="f1")
+
+
+def test_words_and_answers_that_do_not_fit_are_refused(tmp_path):
+    save_bert(tmp_path / "words", "BertForTokenClassification", id2label={0: "O", 1: "B"}, label2id={"O": 0, "B": 1})
+    save_bert(tmp_path / "answers", "BertForQuestionAnswering")
+    words, question = {"tokens": [["it", "was"]]}, {"question": ["it"], "context": [CONTEXT]}
+    answers = [{"text": ["dull"], "answer_start": [0]}]
+    for folder, rows, told in (
+        ("words", words | {"ner_tags": [[0]]}, "a list of words, and column 'ner_tags' a tag for each"),
+        ("words", {"words": ["it was"], "tags": [[0, 1]]}, "column 'words' has to hold a list of words"),
+        ("words", words | {"ner_tags": [[0, 7]]}, "label 7 in column 'ner_tags', but the model has 2 labels"),
+        ("words", words, "which column is the tags; name it with --label"),
+        ("answers", {"text": ["it"], "answers": answers}, "name both columns"),
+        ("answers", question | {"answers": ["dull"]}, "has to hold answers"),
+        ("answers", {"question": ["it " * 40], "context": [CONTEXT], "answers": answers}, "does not take an example"),
+    ):
+        with pytest.raises(StatisticsError, match=told):
+            next(task_of(tmp_path / folder, rows)[1].batches(1))
+    _, data = task_of(tmp_path / "words", words | {"tags": [["B", "O"]]})
+    assert next(data.batches(1))["labels"].tolist() == [[IGNORED, 1, 0, IGNORED]]
+    assert (
+        mats_hub.compute_statistics(
+            tmp_path / "words", dataset=datasets.Dataset.from_dict(words), kind="gram", device="cpu"
+        ).provenance.tokens
+        == 4
+    )
+
+
 # --- images among classes, speech, text that a model generates itself
 
 

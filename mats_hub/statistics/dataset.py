@@ -16,16 +16,23 @@ TEXT_PAIRS = (
     ("premise", "hypothesis"),
     ("question", "sentence"),
     ("question1", "question2"),
+    ("question", "context"),
 )
 COLUMN_NAMES = {
     "text": ("text", "sentence", "content", "input", "source"),
+    "words": ("tokens", "words"),
     "label": ("label", "labels"),
+    "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels"),
+    "answers": ("answers",),
     "image": ("image", "img"),
     "target": ("target", "output", "summary", "answer", "sentence", "transcription"),
     "audio": ("audio", "speech"),
     "messages": ("messages", "conversations"),
 }
 """Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
+
+PLAYED_BY = {"words": "text", "tags": "label", "answers": "label"}
+"""Roles that have names of their own, and by which name they are given."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
         if column is not None and column not in present:
             raise StatisticsError(unknown("column", column, present))
     chosen: dict[str, Any] = {}
-    for role in roles:
-        value = getattr(given, role) or infer_role(role, present)
+    for kind in roles:
+        role = PLAYED_BY.get(kind, kind)
+        value = getattr(given, role) or infer_role(kind, present)
         if not value and (needs_labels or role != "label"):
             raise StatisticsError(
-                f"cannot tell which column is the {role}; name it with --{role}. The data set has: {', '.join(present)}"
+                f"cannot tell which column is the {kind}; name it with --{role}. The data set has: {', '.join(present)}"
             )
         chosen[role] = value or None
     return Columns(
@@ -76,7 +84,7 @@ def infer_role(role: str, present: Sequence[str]) -> Any:
             if set(pair) <= set(present):
                 return pair
     named = [name for name in COLUMN_NAMES[role] if name in present]
-    return (named[0],) if named and role == "text" else (named[0] if named else None)
+    return (named[0],) if named and PLAYED_BY.get(role, role) == "text" else (named[0] if named else None)
 
 
 def load_dataset(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
+
+import torch
 
 from mats_hub.errors import StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.task_data import TaskData, predicts_numbers
+
+MASKED = 0.15
+"""Of a text's tokens, what a masked language model is to tell."""
 
 
 def _text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +50,84 @@ def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
         ids = turn
     cut = slice(0, data.max_length)
     return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+
+
+def masked_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's tokens with some masked (Devlin et al. 2019: 15 of 100), always the same ones, and those as labels."""
+    if data.tokenizer.mask_token_id is None:
+        raise StatisticsError("the tokenizer has no token to mask others with; name another task (--task)")
+    features = _text(data, row)
+    ids = list(features["input_ids"])
+    special = data.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    places = [place for place, is_special in enumerate(special) if not is_special]
+    digest = hashlib.sha256(repr(ids).encode()).digest()
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    labels = [IGNORED] * len(ids)
+    for index in order[: max(1, round(MASKED * len(places)))].tolist():
+        labels[places[index]], ids[places[index]] = ids[places[index]], data.tokenizer.mask_token_id
+    return {**features, "input_ids": ids, "labels": labels}
+
+
+def _told(data: TaskData, *given: Any, **options: Any) -> Any:
+    """Return the tokens of words or texts, with where they are from."""
+    if not data.tokenizer.is_fast:
+        raise StatisticsError(
+            "only a fast tokenizer tells where its tokens are from; push a tokenizer.json with the model"
+        )
+    try:
+        return data.tokenizer(*given, **options)
+    except Exception as error:  # the library behind it has no class of its own for that
+        raise StatisticsError(f"the tokenizer does not take an example: {error}") from error
+
+
+def words(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens of a list of words, and as labels the words' tags, each at the first token of its word."""
+    column, tags = data.columns.text[0], row[data.columns.label] if data.columns.label else None
+    given = row[column]
+    if not isinstance(given, list) or (tags is not None and len(tags) != len(given)):
+        raise StatisticsError(
+            f"column {column!r} has to hold a list of words, and column {data.columns.label!r} a tag for each of them"
+        )
+    found = _told(
+        data, given, is_split_into_words=True, truncation=data.max_length is not None, max_length=data.max_length
+    )
+    labels, before = [], None
+    for word in found.word_ids():
+        tag = 0 if tags is None or word is None else tags[word]
+        begins = word is not None and word != before
+        labels.append(_label_id(data, tag) if begins and tag != IGNORED else IGNORED)
+        before = word
+    return {**found, "labels": labels}
+
+
+def span(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens of a question and its context, and as labels the first and the last token of the first answer.
+
+    The first token of all stands for no answer, also for one that is cut off (Devlin et al. 2019, section 4.3).
+    """
+    if len(data.columns.text) != 2:
+        raise StatisticsError(
+            "a question is answered from a context; name both columns (--text question --text context)"
+        )
+    question, context = (row[column] for column in data.columns.text)
+    options = {"truncation": "only_second", "max_length": data.max_length} if data.max_length else {}
+    found = _told(data, question, context, return_offsets_mapping=True, **options)
+    offsets, sides = found.pop("offset_mapping"), found.sequence_ids()
+    answers = row[data.columns.label] if data.columns.label else None
+    if answers is not None and (not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys()):
+        raise StatisticsError(f"column {data.columns.label!r} has to hold answers, each with its text and answer_start")
+    labels = [0, 0]
+    if answers and answers["text"]:
+        first = answers["answer_start"][0]
+        last = first + len(answers["text"][0]) - 1
+        inside = [
+            place
+            for place, ((begin, end), side) in enumerate(zip(offsets, sides, strict=True))
+            if side == 1 and begin <= last and end > first
+        ]
+        whole = inside and offsets[inside[0]][0] <= first and offsets[inside[-1]][1] > last
+        labels = [inside[0], inside[-1]] if whole else labels
+    return {**found, "labels": labels}
 
 
 def seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:

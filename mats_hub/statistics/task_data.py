@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,9 @@ class Task:
         roles: the columns it needs.
         encode: (task data, example) → features of one example.
         per_token: whether the loss of an example is a mean over its tokens, so that a batch's is computed from logits.
+        in_place: whether a token's label stands at the token, and not before it as where the next one is predicted.
+        of_span: whether the labels are the first and the last token of an answer.
+        classifies: whether it gives an example, or a token, one of the model's labels, of which there is an F1.
         mapping: transformers' table of the classes that do it, where their names do not tell.
         processor: the class that reads images or sounds, and the file it comes from.
 
@@ -38,6 +42,9 @@ class Task:
     roles: tuple[str, ...]
     encode: Callable[[TaskData, dict[str, Any]], dict[str, Any]]
     per_token: bool = False
+    in_place: bool = False
+    of_span: bool = False
+    classifies: bool = False
     mapping: str = ""
     processor: tuple[str, str] | None = None
 
@@ -129,10 +136,11 @@ class TaskData:
             self.drawn[index] = self._draw(logits, features.get("labels"), generator)
 
     def _draw(self, logits: Tensor, labels: Any, generator: torch.Generator) -> Any:
+        if self.task.of_span:
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
         if self.task.per_token:
-            shift = 0 if self.config.is_encoder_decoder else 1
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
-            moved = [IGNORED] * shift + tokens
+            moved = [IGNORED, *tokens] if self._is_shifted else tokens
             return [IGNORED if old == IGNORED else new for old, new in zip(labels, moved, strict=False)]
         if self.is_regression:
             drawn = logits + torch.randn(logits.shape, generator=generator)
@@ -182,18 +190,32 @@ class TaskData:
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """Return the model's outputs for a batch."""
         classes = {key: value.to(next(iter(batch.values())).device) for key, value in self.classes.items()}
-        left_out = ("labels",) if classes else ()
+        left_out = ("labels",) if classes or self.task.of_span else ()
         return model(**{key: value for key, value in batch.items() if key not in left_out}, **classes)
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Return the model's logits for a batch, ``[batch, (tokens,) labels]``."""
+        """Return the model's logits for a batch: ``[batch, (tokens,) labels]``, of spans ``[batch, 2, tokens]``."""
         output = self.forward(model, batch)
+        if self.task.of_span:
+            if getattr(output, "start_logits", None) is None:
+                raise StatisticsError(
+                    f"a {type(model).__name__} does not tell where answers begin and end token by token"
+                )
+            both = torch.stack([output.start_logits, output.end_logits], 1)
+            return (
+                both.masked_fill(~batch["attention_mask"].bool()[:, None], -math.inf)
+                if "attention_mask" in batch
+                else both
+            )
         return output.logits_per_image if self.classes else output.logits
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the sum over the batch's examples of the model's own loss on each example alone."""
         if self.classes:  # of an image among the classes; the model's own loss is of pairs in a batch
             return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["labels"], reduction="sum")
+        if self.task.of_span:  # of which the model's own loss counts padding
+            logits = self.logits(model, batch).float()
+            return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="sum") / 2
         output = self.forward(model, batch)
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])
@@ -235,8 +257,12 @@ class TaskData:
 
     def shifted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and labels of tokens, those of one place beside each other."""
+        return (logits[:, :-1], labels[:, 1:]) if self._is_shifted else (logits, labels)
+
+    @property
+    def _is_shifted(self) -> bool:
         # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
-        return (logits, labels) if self.config.is_encoder_decoder else (logits[:, :-1], labels[:, 1:])
+        return not (self.config.is_encoder_decoder or self.task.in_place)
 
 
 def predicts_numbers(config: Any) -> bool:

@@ -15,10 +15,13 @@ from mats_hub.statistics.encoding import (
     chat,
     image_among_classes,
     image_classification,
+    masked_lm,
     seq2seq,
+    span,
     speech,
     text_classification,
     tokens,
+    words,
 )
 from mats_hub.statistics.task_data import Task, TaskData
 
@@ -29,8 +32,21 @@ GENERATED_AT_ONCE = 16
 IMAGES = ("AutoImageProcessor", "preprocessor_config.json")
 TASKS: dict[str, Task] = {
     "text-classification": Task(
-        "text-classification", ("ForSequenceClassification",), ("text", "label"), text_classification
+        "text-classification", ("ForSequenceClassification",), ("text", "label"), text_classification, classifies=True
     ),
+    "token-classification": Task(
+        "token-classification",
+        ("ForTokenClassification",),
+        ("words", "tags"),
+        words,
+        per_token=True,
+        in_place=True,
+        classifies=True,
+    ),
+    "question-answering": Task(
+        "question-answering", ("ForQuestionAnswering",), ("text", "answers"), span, of_span=True
+    ),
+    "fill-mask": Task("fill-mask", ("ForMaskedLM",), ("text",), masked_lm, per_token=True, in_place=True),
     "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), causal_lm, per_token=True),
     GENERATED_TASK: Task(GENERATED_TASK, (), (), tokens, per_token=True),
     "chat": Task("chat", (), ("messages",), chat, per_token=True),
@@ -51,6 +67,7 @@ TASKS: dict[str, Task] = {
         ("ForImageClassification",),
         ("image", "label"),
         image_classification,
+        classifies=True,
         processor=IMAGES,
     ),
     "zero-shot-image-classification": Task(
@@ -58,6 +75,7 @@ TASKS: dict[str, Task] = {
         (),
         ("image", "label"),
         image_among_classes,
+        classifies=True,
         mapping="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         processor=IMAGES,
     ),
