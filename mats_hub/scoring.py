@@ -33,6 +33,8 @@ def score(
     """
     if metric not in METRICS:
         raise RecipeError(unknown("metric", metric, METRICS))
+    if data.task.name == "feature-extraction":
+        raise StatisticsError(f"a {type(model).__name__} predicts nothing that could be scored")
     if metric == "accuracy":
         return data.accuracy(model, batch_size, device)
     if metric == "perplexity" and not data.task.per_token:

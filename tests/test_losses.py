@@ -291,6 +291,24 @@ def test_what_is_told_token_by_token(class_name, tmp_path):
             mats_hub.evaluate(tmp_path, dataset=data.dataset, metric="f1")
 
 
+def test_a_body_without_a_head_has_grams_alone(tmp_path):
+    models.save(models.tiny_bert_body(seed=1), tmp_path / "body", "bert")
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    options = {"dataset": rows, "device": "cpu"}
+    found = mats_hub.compute_statistics(tmp_path / "body", kind="gram", batch_size=4, **options)
+    assert found.provenance.task == "feature-extraction"
+    model, data = task_of(tmp_path / "body", {"text": TEXTS})
+    with torch.no_grad():
+        inputs = [model.embeddings(data.tokenizer(text, return_tensors="pt")["input_ids"])[0] for text in TEXTS]
+    expected = sum(x.T @ x for x in inputs)
+    gram = found.tensor("encoder.layer.0.attention.self.query.input_gram")
+    torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(StatisticsError, match=r"BertModel has no loss here.*--kind gram"):
+        mats_hub.compute_statistics(tmp_path / "body", kind="kfac", **options)
+    with pytest.raises(StatisticsError, match="BertModel predicts nothing"):
+        mats_hub.evaluate(tmp_path / "body", dataset=rows)
+
+
 def test_words_and_answers_that_do_not_fit_are_refused(tmp_path):
     save_bert(tmp_path / "words", "BertForTokenClassification", id2label={0: "O", 1: "B"}, label2id={"O": 0, "B": 1})
     save_bert(tmp_path / "answers", "BertForQuestionAnswering")

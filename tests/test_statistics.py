@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 from models import (
     FACTORIES,
     ia3_adapter,
@@ -503,9 +504,10 @@ def test_seq2seq_needs_its_target_for_grams_too(cases: dict[str, Any]) -> None:
 
 
 def test_model_without_a_task_or_tokenizer_is_refused(cases: dict[str, Any], tmp_path: Path) -> None:
-    body = tiny_bert_body(tmp_path / "body")
-    with pytest.raises(StatisticsError, match=r"task of a BertModel; name one of: text-classification, causal-lm"):
-        task_data(tmp_path / "body", body, bert_rows())
+    other = transformers.BertForNextSentencePrediction(tiny_bert_body(tmp_path / "body").config)
+    told = r"task of a BertForNextSentencePrediction; name one of: text-classification, token-classification"
+    with pytest.raises(StatisticsError, match=told):
+        task_data(tmp_path / "body", other, bert_rows())
     cases["bert"].model.save_pretrained(tmp_path / "bare")
     with pytest.raises(StatisticsError, match=r"bare.*has a tokenizer_config\.json"):
         task_data(tmp_path / "bare", cases["bert"].model, bert_rows())

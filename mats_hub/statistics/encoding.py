@@ -15,19 +15,20 @@ MASKED = 0.15
 """Of a text's tokens, what a masked language model is to tell."""
 
 
-def _text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+def text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's, or a pair of texts', tokens."""
     texts = [row[column] for column in data.columns.text]
     return dict(data.tokenizer(*texts, truncation=data.max_length is not None, max_length=data.max_length))
 
 
 def text_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's, or a pair of texts', tokens and its label."""
-    return {**_text(data, row), **_label(data, row)}
+    return {**text(data, row), **_label(data, row)}
 
 
 def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's tokens, which are its labels, too."""
-    features = _text(data, row)
+    features = text(data, row)
     return {**features, "labels": list(features["input_ids"])}
 
 
@@ -56,7 +57,7 @@ def masked_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's tokens with some masked (Devlin et al. 2019: 15 of 100), always the same ones, and those as labels."""
     if data.tokenizer.mask_token_id is None:
         raise StatisticsError("the tokenizer has no token to mask others with; name another task (--task)")
-    features = _text(data, row)
+    features = text(data, row)
     ids = list(features["input_ids"])
     special = data.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
     places = [place for place, is_special in enumerate(special) if not is_special]
@@ -135,7 +136,7 @@ def seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     target = data.tokenizer(
         text_target=row[data.columns.target or ""], truncation=data.max_length is not None, max_length=data.max_length
     )
-    return {**_text(data, row), "labels": list(target["input_ids"])}
+    return {**text(data, row), "labels": list(target["input_ids"])}
 
 
 def speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:

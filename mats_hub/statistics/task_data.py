@@ -217,6 +217,10 @@ class TaskData:
             logits = self.logits(model, batch).float()
             return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="sum") / 2
         output = self.forward(model, batch)
+        if getattr(output, "loss", None) is None:
+            raise StatisticsError(
+                f"a {type(model).__name__} has no loss here, whose gradients this kind needs; measure Grams (--kind gram)"
+            )
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])
         logits, labels = self.shifted(output.logits, batch["labels"])

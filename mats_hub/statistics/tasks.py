@@ -19,6 +19,7 @@ from mats_hub.statistics.encoding import (
     seq2seq,
     span,
     speech,
+    text,
     text_classification,
     tokens,
     words,
@@ -79,6 +80,8 @@ TASKS: dict[str, Task] = {
         mapping="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         processor=IMAGES,
     ),
+    # Last, for names of other classes end so, too.
+    "feature-extraction": Task("feature-extraction", ("Model",), ("text",), text),
 }
 """Every kind of task; a new one is a row here."""
 
