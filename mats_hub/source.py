@@ -253,17 +253,19 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
             f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'"
         )
     source = _hub_source(text, repo_id, revision or None, token)
-    converted = converted_folder(source)
-    if not any(name in source.sizes for name in WEIGHTS) and any((converted / name).is_file() for name in WEIGHTS):
-        source = _folder_source(text, converted, repo_id=source.repo_id, commit=source.commit, token=token)
+    if not any(name in source.sizes for name in WEIGHTS):
+        converted = converted_folder(source)
+        if any((converted / name).is_file() for name in WEIGHTS):
+            source = _folder_source(text, converted, repo_id=source.repo_id, commit=source.commit, token=token)
     return replace(source, streamed=streamed)
 
 
 def converted_folder(source: Source) -> Path:
     """Return where this machine keeps safetensors of a commit that has pickles only, once they are made (`mats_hub.convert`)."""
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import constants
 
-    return cached_assets_path("mats_hub", "converted") / f"{source.repo_id}@{source.commit}".replace("/", "--")
+    name = f"{source.repo_id}@{source.commit}".replace("/", "--")
+    return Path(constants.HF_ASSETS_CACHE, "mats_hub", "converted", name)
 
 
 def _folder_source(spec: str, folder: Path, **pinned: Any) -> Source:
