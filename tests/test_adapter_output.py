@@ -429,7 +429,9 @@ def test_loaded_by_peft_the_adapter_is_the_dense_merge(case, name, tmp_path):
         assert all(record.truncation == 0 for record in records.values() if record.rank)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(VARIANTS)]
+)
 def test_in_float32_and_through_the_front_door(case, name, tmp_path):
     """The whole of `merge` and `load`, where files hold float32."""
     made = case(name)

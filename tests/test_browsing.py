@@ -360,6 +360,7 @@ hf.main()
 """
 
 
+@pytest.mark.slow
 def test_the_installer_of_hf_makes_an_extension_of_this_checkout(tmp_path):
     root = Path(mats_hub.__file__).parents[1]
     environment = os.environ | {"HOME": str(tmp_path)}
