@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -19,6 +18,7 @@ from mats_hub.errors import CheckpointError, OutputError
 from mats_hub.source import WEIGHTS, Source, converted_folder, give_usual_mode, open_source
 from mats_hub.tensor_header import TORCH_DTYPE_NAMES
 
+INDEX = "pytorch_model.bin.index.json"
 FOREIGN = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pb", ".pkl", ".pt", ".pth", ".tflite")
 )
@@ -75,21 +75,14 @@ def _pickles(source: Source) -> dict[str, str]:
     """Return the pickles that hold the weights, and what each is called as safetensors."""
     adapter = "adapter_config.json" in source.sizes
     stem, single = ("adapter_model", "adapter_model.bin") if adapter else ("model", "pytorch_model.bin")
-    index = "pytorch_model.bin.index.json"
     if any(name in source.sizes for name in WEIGHTS):
         raise CheckpointError(f"{source.spec!r} is stored as safetensors already; there is nothing to convert")
     if single in source.sizes:
         return {single: f"{stem}.safetensors"}
-    found = source.json(index).get("weight_map") if not adapter else None
-    if not found or not isinstance(found, dict):
+    if adapter or INDEX not in source.sizes:
         held = ", ".join(sorted(source.sizes)[:10]) or "nothing"
         raise CheckpointError(f"{source.spec!r} has no {single}; it holds: {held}")
-    for name in found.values():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.bin", name) or name not in source.sizes:
-            raise CheckpointError(
-                f"{source.spec!r}: {index} names {name!r}, which is not there; the upload or download is incomplete"
-            )
-    files = sorted(set(found.values()))
+    files = sorted(set(source.weight_map(INDEX).values()))
     return {name: f"{name.removeprefix('pytorch_').removesuffix('.bin')}.safetensors" for name in files}
 
 
@@ -105,9 +98,9 @@ def _write(source: Source, files: Mapping[str, str], stage: Path) -> list[str]:
             raise CheckpointError(f"{source.spec!r}: tensor {twice[0]!r} is in two files, {pickled} is the second")
         weight_map |= dict.fromkeys(tensors, name)
         save_file(_apart(tensors), stage / name, metadata={"format": "pt"})
-    if len(files) == 1:
+    if any(name in WEIGHTS for name in files.values()):  # found by its name
         return list(files.values())
-    missing = sorted(source.json("pytorch_model.bin.index.json")["weight_map"].keys() - weight_map)
+    missing = sorted(source.weight_map(INDEX).keys() - weight_map)
     if missing:
         raise CheckpointError(
             f"{source.spec!r}: no file holds tensor {missing[0]!r} of its index; fetch the model again"

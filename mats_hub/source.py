@@ -171,22 +171,30 @@ class Source:
         if "adapter_config.json" in self.sizes:
             return self._require("adapter_model.safetensors", "adapter_model.bin")
         if "model.safetensors.index.json" in self.sizes and "model.safetensors" not in self.sizes:
-            weight_map = self.json("model.safetensors.index.json").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{self.spec!r}: model.safetensors.index.json has no weight_map of file names")
-            for filename in sorted(set(weight_map.values())):
-                if not re.fullmatch(r"[\w][\w.-]*\.safetensors", filename):
-                    raise CheckpointError(
-                        f"{self.spec!r}: model.safetensors.index.json names {filename!r}, which is not a plain file name "
-                        "inside the repository; refusing to follow it. Fetch the model again from a trusted place"
-                    )
-                if filename not in self.sizes:
-                    raise CheckpointError(
-                        f"{self.spec!r}: model.safetensors.index.json names {filename!r}, which is not there; "
-                        "the upload or download is incomplete"
-                    )
-            return tuple(sorted(set(weight_map.values())))
+            return tuple(sorted(set(self.weight_map("model.safetensors.index.json").values())))
         return self._require("model.safetensors", "pytorch_model.bin")
+
+    def weight_map(self, index: str) -> dict[str, str]:
+        """Return tensor → file as an index ``NAME.SUFFIX.index.json`` has them, all files being there and of that suffix.
+
+        Raises:
+            CheckpointError: it has none, or names a file that is not there or outside the repository.
+
+        """
+        found, suffix = self.json(index).get("weight_map"), index.removesuffix(".index.json").rpartition(".")[2]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise CheckpointError(f"{self.spec!r}: {index} has no weight_map of file names")
+        for filename in sorted(set(found.values())):
+            if not re.fullmatch(rf"[\w][\w.-]*\.{suffix}", filename):
+                raise CheckpointError(
+                    f"{self.spec!r}: {index} names {filename!r}, which is not a plain file name "
+                    "inside the repository; refusing to follow it. Fetch the model again from a trusted place"
+                )
+            if filename not in self.sizes:
+                raise CheckpointError(
+                    f"{self.spec!r}: {index} names {filename!r}, which is not there; the upload or download is incomplete"
+                )
+        return found
 
     def _require(self, filename: str, pickled: str) -> tuple[str, ...]:
         if filename in self.sizes:

@@ -69,6 +69,19 @@ def test_a_folder_gets_safetensors_beside_its_pickles(family, tmp_path, shards, 
         mats_hub.convert(folder)
 
 
+def test_one_file_by_an_index_and_one_beside_an_index(family, tmp_path):
+    expected = load_file(Path(family.base) / "model.safetensors")
+    alone = as_pickle(family.base, tmp_path / "alone")
+    index = {"weight_map": dict.fromkeys(expected, "pytorch_model-00001-of-00001.bin")}
+    (alone / "pytorch_model.bin").rename(alone / "pytorch_model-00001-of-00001.bin")
+    beside = as_pickle(family.base, tmp_path / "beside")
+    for folder in (alone, beside):
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        mats_hub.convert(folder)
+        assert_same(weights_of(folder), expected)
+        assert open_source(folder).weight_files
+
+
 def test_an_adapter(family, tmp_path):
     models.lora_adapter(family.base, tmp_path / "lora", seed=1)
     folder = as_pickle(tmp_path / "lora", tmp_path / "pickled")
@@ -168,9 +181,9 @@ def test_indexes_that_do_not_fit_are_refused(family, tmp_path):
     sound = json.loads(index.read_text())
     first = next(iter(sound["weight_map"]))
     for changed, told in (
-        ({first: "../x.bin"}, "names '../x.bin', which is not there"),
+        ({first: "../x.bin"}, r"names '\.\./x\.bin', which is not a plain file name"),
         ({first: "pytorch_model-9.bin"}, "names 'pytorch_model-9.bin', which is not there"),
-        ({first: ["a.bin"]}, "which is not there"),
+        ({first: ["a.bin"]}, "no weight_map of file names"),
         ({"another": sound["weight_map"][first]}, "no file holds tensor 'another'"),
     ):
         index.write_text(json.dumps({"weight_map": sound["weight_map"] | changed}))
