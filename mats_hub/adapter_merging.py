@@ -276,7 +276,9 @@ def _metric(system: LinearSystem | None) -> Gram | LowRank | None:
     if isinstance(system.operator, Gram | LowRank):
         return system.operator
     near = nearest_kronecker(system)
-    return None if near is None else Gram(near.input)
+    if near is None:
+        return None
+    return near.input if isinstance(near.input, LowRank) else Gram(near.input)
 
 
 def cut(value: Tensor, rank: int, metric: Gram | LowRank | None = None) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Sum
+from mats_hub.curvature import Curvature, Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Sum, written_out
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem
 
@@ -48,18 +48,22 @@ def closed_form(system: LinearSystem, r: Tensor) -> Tensor:
     if isinstance(operator, Dense):
         return _solve_symmetric(operator.matrix, r.reshape(-1, 1), accuracy).reshape(r.shape)
     if isinstance(operator, Kronecker):
-        return _solve_symmetric(operator.input, _solve_symmetric(operator.output, r, accuracy).mT, accuracy).mT
+        output, inner = written_out(operator.output), written_out(operator.input)
+        return _solve_symmetric(inner, _solve_symmetric(output, r, accuracy).mT, accuracy).mT
     rows = _rows_and_columns(operator)
     if rows is not None:
         return _solve_rows_and_columns(*rows, r, accuracy)
-    pair = system.curvatures
-    if len(pair) == 2 and isinstance(pair[0], Kronecker) and isinstance(pair[1], Kronecker):
+    pair = [c for c in system.curvatures if isinstance(c, Kronecker)]
+    if len(pair) == len(system.curvatures) == 2:
+        outputs, inputs = [written_out(c.output) for c in pair], [written_out(c.input) for c in pair]
         if r.dim() == 2:
-            return _two_kronecker(pair[0], pair[1], r, accuracy)
-        stacks = zip(pair[0].output, pair[0].input, pair[1].output, pair[1].input, r, strict=True)
-        return torch.stack([_two_kronecker(Kronecker(a, b), Kronecker(c, d), x, accuracy) for a, b, c, d, x in stacks])
-    kinds = ", ".join(type(c).__name__ for c in pair)
-    raise ValueError(f"no closed form for {len(pair)} experts with curvatures {kinds}: use conjugate gradient")
+            return _two_kronecker(outputs, inputs, r, accuracy)
+        stacks = zip(zip(*outputs, strict=True), zip(*inputs, strict=True), r, strict=True)
+        return torch.stack([_two_kronecker(B, A, one, accuracy) for B, A, one in stacks])
+    kinds = ", ".join(type(c).__name__ for c in system.curvatures)
+    raise ValueError(
+        f"no closed form for {len(system.curvatures)} experts with curvatures {kinds}: use conjugate gradient"
+    )
 
 
 def _closed_form_of_diagonal(values: Tensor, r: Tensor) -> Tensor:
@@ -91,30 +95,27 @@ def _cutoff(size: int, accuracy: Accuracy) -> float:
     return max(size * eps, stored / math.sqrt(size))  # roundings of stored entries are independent of each other
 
 
-def _two_kronecker(first: Kronecker, second: Kronecker, r: Tensor, accuracy: Accuracy) -> Tensor:
+def _two_kronecker(outputs: Sequence[Tensor], inputs: Sequence[Tensor], r: Tensor, accuracy: Accuracy) -> Tensor:
     """Solve B₁ Z A₁ + B₂ Z A₂ = r by diagonalizing (B₁, B₂) and (A₁, A₂) at once.
 
     With Pᵀ B₁ P = diag(s), Pᵀ (B₁ + B₂) P = I and likewise R, g for A, Y = P⁻¹ Z R⁻ᵀ solves
     (s gᵀ + (1 − s)(1 − g)ᵀ) * Y = Pᵀ r R entry by entry.
     """
-    P, s = _simultaneous(first.output, second.output, accuracy)
-    R, g = _simultaneous(first.input, second.input, accuracy)
+    P, s = _simultaneous(outputs[0], outputs[1], accuracy)
+    R, g = _simultaneous(inputs[0], inputs[1], accuracy)
     denominator = torch.outer(s, g) + torch.outer(1 - s, 1 - g)
     seen = denominator > _cutoff(max(r.shape), accuracy)
     Y = torch.where(seen, (P.T @ in_float64(r) @ R) / torch.where(seen, denominator, 1), 0)
-    return _onto_two_ranges(first, second, P @ Y @ R.T, accuracy)
+    return _onto_two_ranges(outputs, inputs, P @ Y @ R.T, accuracy)
 
 
-def _onto_two_ranges(first: Kronecker, second: Kronecker, Z: Tensor, accuracy: Accuracy) -> Tensor:
+def _onto_two_ranges(outputs: Sequence[Tensor], inputs: Sequence[Tensor], Z: Tensor, accuracy: Accuracy) -> Tensor:
     """Project Z onto range(B₁ ⊗ A₁) + range(B₂ ⊗ A₂), the range of the sum: what no expert saw is left out.
 
     P and R above are not orthogonal, so zeros in Y do not do that. Along the principal vectors of the two ranges, with
     cosines c of the B's and d of the A's, the projection falls into pairs with Gram matrix [[1, c d], [c d, 1]].
     """
-    (Q1, Q2), (S1, S2) = (
-        [_range(matrix, accuracy) for matrix in pair]
-        for pair in ((first.output, second.output), (first.input, second.input))
-    )
+    (Q1, Q2), (S1, S2) = ([_range(matrix, accuracy) for matrix in pair] for pair in (outputs, inputs))
     if Q1.shape[0] == Q1.shape[1] and S1.shape[0] == S1.shape[1]:
         return Z
     if Q2.shape[0] == Q2.shape[1] and S2.shape[0] == S2.shape[1]:

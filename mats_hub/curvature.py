@@ -132,11 +132,15 @@ class LowRank(Curvature):
 
     def matvec(self, value: Tensor) -> Tensor:
         """Return value · (F Fᵀ + diag(d))."""
-        return (value @ self.factor) @ self.factor.T + value * self.rest
+        return ((value @ self.factor) @ self.factor.mT).addcmul_(value, self.rest.unsqueeze(-2))
+
+    def from_left(self, value: Tensor) -> Tensor:
+        """Return (F Fᵀ + diag(d)) · value, for a value with as many rows as there are inputs."""
+        return (self.factor @ (self.factor.mT @ value)).addcmul_(value, self.rest.unsqueeze(-1))
 
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of F Fᵀ + diag(d) in every row."""
-        return (self.factor.square().sum(1) + self.rest).expand(shape)
+        return diagonal_of(self).unsqueeze(-2).expand(shape)
 
     def scaled(self, factor: float) -> LowRank:
         """Return factor · C."""
@@ -148,32 +152,41 @@ class LowRank(Curvature):
 
     def dense(self) -> Gram:
         """Return the same map with its matrix written out."""
-        return Gram(self.factor @ self.factor.T + torch.diag(self.rest))
+        return Gram(self.factor @ self.factor.mT + torch.diag_embed(self.rest))
 
 
 @dataclass(frozen=True)
 class Kronecker(Curvature):
-    """C = B ⊗ A with B ``[out, out]`` = E[g gᵀ] and A ``[in, in]`` = E[x xᵀ]: V ↦ B V A (K-FAC, Martens & Grosse 2015)."""
+    """C = B ⊗ A with B ``[out, out]`` = E[g gᵀ] and A ``[in, in]`` = E[x xᵀ]: V ↦ B V A (K-FAC, Martens & Grosse 2015).
 
-    output: Tensor
-    input: Tensor
+    Either is a matrix, or a sketch of it, which is not written out.
+    """
+
+    output: Tensor | LowRank
+    input: Tensor | LowRank
 
     def matvec(self, value: Tensor) -> Tensor:
         """Return B · value · A."""
-        return self.output @ value @ self.input
+        left = self.output @ value if isinstance(self.output, Tensor) else self.output.from_left(value)
+        return left @ self.input if isinstance(self.input, Tensor) else self.input.matvec(left)
 
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the outer product of the diagonals of B and A."""
-        rows, columns = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (self.output, self.input))
+        rows, columns = diagonal_of(self.output), diagonal_of(self.input)
         return rows.unsqueeze(-1) * columns.unsqueeze(-2)
 
     def scaled(self, factor: float) -> Kronecker:
         """Return factor · C."""
-        return Kronecker(self.output * _nonnegative(factor), self.input)
+        scaled = self.output * _nonnegative(factor) if isinstance(self.output, Tensor) else self.output.scaled(factor)
+        return Kronecker(scaled, self.input)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Kronecker:
         """Return the same map on `device` in `dtype`."""
         return Kronecker(self.output.to(device, dtype), self.input.to(device, dtype))
+
+    def dense(self) -> Kronecker:
+        """Return the same map with its sketches written out."""
+        return Kronecker(written_out(self.output), written_out(self.input))
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,30 @@ class Sum(Curvature):
         return Sum(tuple(term.to(device, dtype) for term in self.terms))
 
 
+def sketch_pays(size: int, rank: int) -> bool:
+    """Tell whether products with F Fᵀ + diag(d), F ``[size, rank]``, take fewer operations than with the matrix."""
+    return 2 * rank < size
+
+
+def as_factor(curvature: Gram | LowRank) -> Tensor | LowRank:
+    """Return what acts from the right as a factor of a Kronecker product: a matrix, or a sketch where that pays."""
+    if isinstance(curvature, LowRank) and sketch_pays(*curvature.factor.shape[-2:]):
+        return curvature
+    return curvature.matrix if isinstance(curvature, Gram) else curvature.dense().matrix
+
+
+def written_out(matrix: Tensor | LowRank) -> Tensor:
+    """Return a matrix that may be a sketch as a tensor ``[…, d, d]``."""
+    return matrix if isinstance(matrix, Tensor) else matrix.dense().matrix
+
+
+def diagonal_of(matrix: Tensor | LowRank) -> Tensor:
+    """Return the diagonal ``[…, d]`` of a matrix that may be a sketch."""
+    if isinstance(matrix, Tensor):
+        return matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix.factor.square().sum(-1) + matrix.rest
+
+
 def stack(curvatures: Sequence[Curvature], like: Tensor) -> Curvature | None:
     """Return the map of several weights, each shaped as `like` is, stacked along a new first dimension.
 
@@ -242,9 +279,19 @@ def stack(curvatures: Sequence[Curvature], like: Tensor) -> Curvature | None:
     if kind not in (Gram, Kronecker, Diagonal):
         return None
     columns = [[getattr(curvature, f.name) for curvature in curvatures] for f in fields(kind)]  # type: ignore[arg-type]
-    if any(len({tensor.shape for tensor in column}) > 1 for column in columns):
+    stacks = [_stack_of(column) for column in columns]
+    return None if any(held is None for held in stacks) else kind(*stacks)  # type: ignore[arg-type]
+
+
+def _stack_of(column: list[Tensor | LowRank]) -> Tensor | LowRank | None:
+    """Return tensors, or sketches, of one shape along a new first dimension; None where their shapes differ."""
+    tensors = [held for held in column if isinstance(held, Tensor)]
+    sketches = [held for held in column if isinstance(held, LowRank)]
+    if not sketches:
+        return torch.stack(tensors) if len({held.shape for held in tensors}) == 1 else None
+    if tensors or len({held.factor.shape for held in sketches}) > 1:
         return None
-    return kind(*(torch.stack(column) for column in columns))
+    return LowRank(torch.stack([held.factor for held in sketches]), torch.stack([held.rest for held in sketches]))
 
 
 def restrict(curvature: Curvature, basis: Tensor) -> Curvature:
@@ -258,7 +305,9 @@ def restrict(curvature: Curvature, basis: Tensor) -> Curvature:
         case Identity() | Gram() | LowRank():
             return curvature
         case Kronecker():
-            return Kronecker(basis.mT @ curvature.output @ basis, curvature.input)
+            output = curvature.output
+            acted = output @ basis if isinstance(output, Tensor) else output.from_left(basis)
+            return Kronecker(basis.mT @ acted, curvature.input)
         case Sum():
             return Sum(tuple(restrict(term, basis) for term in curvature.terms))
     raise TypeError(f"a {type(curvature).__name__} curvature does not restrict to a span of columns")
@@ -280,7 +329,7 @@ def _closed_sum(a: Curvature, b: Curvature) -> Curvature | None:
         case (Dense(), Dense()):
             return Dense(a.matrix + b.matrix)
         case (LowRank(), LowRank()):
-            return LowRank(torch.cat([a.factor, b.factor], 1), a.rest + b.rest)
+            return LowRank(torch.cat([a.factor, b.factor], -1), a.rest + b.rest)
         case (LowRank(), Identity()):
             return LowRank(a.factor, a.rest + b.scale)
         case (LowRank(), Gram()):

@@ -239,7 +239,7 @@ DEFAULTS = (
         {
             "method": "mats",
             "curvature": {"kind": "kfac", "normalization": "trace"},
-            "solver": {"preconditioner": "kronecker", "damping": 0.01, "iterations": 30},
+            "solver": {"preconditioner": "kronecker", "damping": 0.01, "iterations": 30, "tolerance": 0.01},
         },
     ),
     Default(

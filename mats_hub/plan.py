@@ -291,12 +291,17 @@ class Plan:
             return tensors + width * n * (count + 2)
         if kind in ("gram", "kfac"):
             measured = zip(self.statistics, entry.parameters, strict=False)
-            squares = max((s.entries(name, kind) for s, name in measured if s), default=0)
+            known = [(s, name) for s, name in measured if s]
+            squares = max((s.entries(name, kind) for s, name in known), default=0)
+            kept = max((s.entries(name, kind, dense=False) for s, name in known), default=0)
         else:
             size = n if kind == "block_fisher" else max(entry.header.shape[-2:])
-            squares = 0 if in_factors and kind == "task_vector" else size * size
-        factorized = self.recipe.solver.method == "exact" or self.recipe.solver.preconditioner == "kronecker"
-        return tensors + width * squares * (count + 2) + (32 * squares if factorized else 0)
+            squares = kept = 0 if in_factors and kind == "task_vector" else size * size
+        if self.recipe.solver.method == "exact":
+            return tensors + (width * (count + 2) + 32) * squares
+        joined = min(squares, count * kept)  # what the experts' sum holds, which a preconditioner factorizes in float64
+        factorized = 32 * joined if self.recipe.solver.preconditioner == "kronecker" else 0
+        return tensors + width * (kept * count + 2 * joined) + factorized
 
     def has_rows(self, key: str) -> bool:
         """Tell whether only some rows of a tensor are merged, because the experts' vocabularies differ."""

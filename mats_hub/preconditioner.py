@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.closed_form import in_float64
-from mats_hub.curvature import Identity, Kronecker
+from mats_hub.curvature import Curvature, Gram, Identity, Kronecker, LowRank, as_factor, diagonal_of
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem
 
@@ -31,20 +31,38 @@ def nearest_kronecker(system: LinearSystem) -> Kronecker | None:
     terms = [c for c in system.curvatures if isinstance(c, Kronecker)]
     for c in system.curvatures if terms else ():
         if isinstance(c, Identity):
-            output, inner = (torch.eye(size).to(system.deltas[0]) for size in system.deltas[0].shape[-2:])
-            terms.append(Kronecker(c.scale * output, inner))
+            rows, columns = (system.deltas[0].new_ones(size) for size in system.deltas[0].shape[-2:])
+            scale = c.scale.squeeze(-1) if isinstance(c.scale, Tensor) else c.scale
+            terms.append(Kronecker(_diagonal(scale * rows), _diagonal(columns)))
     if len(terms) != len(system.curvatures):
         return None
-    traces = [(_trace(c.output), _trace(c.input)) for c in terms]
+    traces = [(diagonal_of(c.output).sum(-1), diagonal_of(c.input).sum(-1)) for c in terms]
     squared = reduce(add, (b * a for b, a in traces))  # a number, or one for each matrix of a stack
     if not torch.isfinite(squared).all() or (squared < 0).any():
         raise NumericalError("a curvature with a non-finite or negative trace: not positive semidefinite")
     if not squared.any():
         return None
     total = torch.where(squared > 0, squared, 1).sqrt()
-    output = reduce(add, (c.output * (a / total)[..., None, None] for c, (_, a) in zip(terms, traces, strict=True)))
-    inner = reduce(add, (c.input * (b / total)[..., None, None] for c, (b, _) in zip(terms, traces, strict=True)))
+    output = _weighted_sum([c.output for c in terms], [a / total for _, a in traces])
+    inner = _weighted_sum([c.input for c in terms], [b / total for b, _ in traces])
     return Kronecker(output, inner)
+
+
+def _diagonal(values: Tensor) -> LowRank:
+    return LowRank(values.new_zeros(*values.shape, 0), values)
+
+
+def _weighted_sum(matrices: Sequence[Tensor | LowRank], weights: Sequence[Tensor]) -> Tensor | LowRank:
+    """Return Σ wᵢ Pᵢ, of sketches alone as a sketch where that pays."""
+    terms: list[Curvature] = []
+    for matrix, weight in zip(matrices, weights, strict=True):
+        if isinstance(matrix, Tensor):
+            terms.append(Gram(matrix * weight[..., None, None]))
+        else:
+            terms.append(LowRank(matrix.factor * weight.sqrt()[..., None, None], matrix.rest * weight[..., None]))
+    total = reduce(add, terms)
+    assert isinstance(total, Gram | LowRank)
+    return as_factor(total)
 
 
 def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
@@ -60,10 +78,28 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
     near = nearest_kronecker(system)
     if near is None:
         return None
-    left, right = (_damped_cholesky(matrix, damping, system.accuracy) for matrix in (near.output, near.input))
+    left, right = (_damped_inverse(matrix, damping, system.accuracy) for matrix in (near.output, near.input))
+    return lambda residual: right(left(residual).mT).mT
 
-    def apply(residual: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(residual, left).mT, right).mT
+
+def _damped_inverse(matrix: Tensor | LowRank, damping: float, accuracy: float) -> Callable[[Tensor], Tensor]:
+    """Return R ↦ (P + `damping` · its mean diagonal · I)⁻¹ R."""
+    if isinstance(matrix, Tensor):
+        factor = _damped_cholesky(matrix, damping, accuracy)
+        return lambda value: torch.cholesky_solve(value, factor)
+    mean = diagonal_of(matrix).mean(-1, keepdim=True)
+    rest = matrix.rest + torch.where(mean > 0, damping * mean, 1)
+    # (D + F Fᵀ)⁻¹ = D^-½ H H D^-½ with H = I - U diag(1 - (1 + s²)^-½) Uᵀ and D^-½ F = U diag(s) Vᵀ. Applied twice, and not
+    # as its square, it is positive in spite of rounding: 1 / (1 + s²) may be less than that.
+    root = in_float64(rest).rsqrt().unsqueeze(-1)
+    U, s, _ = torch.linalg.svd(root * in_float64(matrix.factor), full_matrices=False)
+    U, part, root = (held.to(rest) for held in (U, (1 - (1 + s.square()).rsqrt()).unsqueeze(-1), root))
+
+    def apply(value: Tensor) -> Tensor:
+        value = root * value
+        for _ in range(2):
+            value -= U @ (part * (U.mT @ value))
+        return root * value
 
     return apply
 
@@ -76,7 +112,7 @@ def _damped_cholesky(matrix: Tensor, damping: float, accuracy: float = 0.0) -> T
     """
     wide = in_float64(matrix)
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    mean = _trace(wide) / wide.shape[-1]
+    mean = diagonal_of(wide).mean(-1)
     while True:
         size = damping * mean
         factor, failed = torch.linalg.cholesky_ex(wide + torch.where(size == 0, 1, size)[..., None, None] * eye)
@@ -85,7 +121,3 @@ def _damped_cholesky(matrix: Tensor, damping: float, accuracy: float = 0.0) -> T
         if damping >= 100 * accuracy:
             raise NumericalError("a curvature that is non-finite or not positive semidefinite")
         damping *= 10
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -41,12 +41,16 @@ def psd(size: int, seed: int, rank: int | None = None, dead: int | None = None) 
     return factor @ factor.T / size
 
 
-def low_rank(seed: int, rank: int | None = None, dead: int | None = None) -> LowRank:
+def low_rank(seed: int, rank: int | None = None, dead: int | None = None, size: int = IN) -> LowRank:
     """Return a sketch of full rank, through its rest; or of a given rank, one of it through an entry of the rest."""
-    factor, rest = draw(IN, 2 if rank is None else rank - 1, seed=seed), draw(IN, seed=seed + 50) ** 2
+    factor, rest = draw(size, 2 if rank is None else rank - 1, seed=seed), draw(size, seed=seed + 50) ** 2
     for part in (factor, rest) if dead is not None else ():
         part[dead] = 0
-    return LowRank(factor, rest if rank is None else rest * (torch.arange(IN) == seed))
+    return LowRank(factor, rest if rank is None else rest * (torch.arange(size) == seed % size))
+
+
+def sketched(seed: int, **kind) -> Kronecker:
+    return Kronecker(low_rank(seed, size=OUT, **kind), low_rank(seed + 50, **kind))
 
 
 CURVATURES = {
@@ -57,6 +61,10 @@ CURVATURES = {
     "gram": lambda seed, **kind: Gram(psd(IN, seed, **kind)),
     "low rank": low_rank,
     "kronecker": lambda seed, **kind: Kronecker(psd(OUT, seed, **kind), psd(IN, seed + 50, **kind)),
+    "sketched kronecker": sketched,
+    "kronecker of a matrix and a sketch": lambda seed, **kind: Kronecker(
+        psd(OUT, seed, **kind), low_rank(seed + 50, **kind)
+    ),
     "dense": lambda seed, **kind: Dense(psd(OUT * IN, seed, **kind)),
     "sum": lambda seed, **kind: (
         Kronecker(psd(OUT, seed, **kind), psd(IN, seed + 50, **kind)) + Gram(psd(IN, seed, **kind))
@@ -102,14 +110,18 @@ def dense(curvature: Curvature) -> Tensor:
         case Gram():
             return torch.block_diag(*[curvature.matrix] * OUT)
         case LowRank():
-            outer = sum(torch.outer(column, column) for column in curvature.factor.T)
-            return torch.block_diag(*[outer + curvature.rest.diag()] * OUT)
+            return torch.block_diag(*[of_sketch(curvature)] * OUT)
         case Kronecker():
-            return torch.kron(curvature.output, curvature.input)
+            sides = (curvature.output, curvature.input)
+            return torch.kron(*(side if isinstance(side, Tensor) else of_sketch(side) for side in sides))
         case Dense():
             return curvature.matrix
         case Sum():
             return sum(dense(term) for term in curvature.terms)
+
+
+def of_sketch(sketch: LowRank) -> Tensor:
+    return sum(torch.outer(column, column) for column in sketch.factor.T) + sketch.rest.diag()
 
 
 def problem(make, experts: int = 3, seed: int = 0, **kind) -> LinearSystem:
@@ -331,10 +343,10 @@ def test_iterates_of_one_run_are_those_of_separate_runs(make):
     assert torch.equal(x0, before)
 
 
-@pytest.mark.parametrize("name", ["identity", "diagonal", "gram", "kronecker"])
+@pytest.mark.parametrize("name", ["identity", "diagonal", "gram", "kronecker", "sketched kronecker"])
 def test_systems_solved_together_are_solved_as_each_alone(name):
     """One is its own solution already, one is rank-deficient, one tiny, and one damped as the others are."""
-    low = {"rank": 2} if name in ("gram", "kronecker") else {}
+    low = {"rank": 3 if "sketched" in name else 2} if "gram" in name or "kronecker" in name else {}
     systems = [problem(CURVATURES[name], seed=seed, **(low if seed == 1 else {})) for seed in range(4)]
     tiny = tuple(curvature.scaled(1e-9) for curvature in systems[2].curvatures)
     systems[2] = LinearSystem(tiny, systems[2].deltas)
@@ -370,7 +382,7 @@ def test_of_systems_solved_together_the_bad_one_is_named():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("name", ["gram", "low rank", "kronecker", "dense", "sum"])
+@pytest.mark.parametrize("name", ["gram", "low rank", "kronecker", "sketched kronecker", "dense", "sum"])
 def test_steps_past_convergence_do_not_carry_rounding_into_unseen_directions(name, rank):
     double, x0 = problem(CURVATURES[name], 2, rank=rank), draw(OUT, IN, seed=5)
     single = [c.to("cpu", torch.float32) for c in double.curvatures], [d.float() for d in double.deltas]
@@ -404,6 +416,49 @@ def test_the_preconditioner_saves_iterations():
     plain, fast = (SOLVERS[name](system, x0).iterations for name in ("conjugate gradient", "preconditioned"))
     assert fast < plain
     assert kronecker_preconditioner(problem(CURVATURES["gram"])) is None
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stacked"])
+@pytest.mark.parametrize("damped", [False, True], ids=["as it is", "beside an identity"])
+def test_sketches_are_solved_and_preconditioned_as_the_matrices_they_stand_for(damped, stacked):
+    out, inner, experts = 30, 50, 3
+    shape = torch.Size((out, inner))
+
+    def system(seed: int, write_out: bool) -> LinearSystem:
+        made = [Kronecker(low_rank(seed + n, size=out), low_rank(seed + n + 7, size=inner)) for n in range(experts)]
+        deltas = [draw(out, inner, seed=seed + 20 + n) for n in range(experts)]
+        found = match([c.dense() if write_out else c for c in made], deltas, WEIGHTS)
+        if not damped:
+            return found
+        return LinearSystem((*found.curvatures, found.damping(0.1, shape)), (*found.deltas, deltas[0]))
+
+    sketched, matrices = ([system(seed, write_out) for seed in (0, 100)] for write_out in (False, True))
+    ours, theirs = (together(held) if stacked else held[0] for held in (sketched, matrices))
+    near = nearest_kronecker(ours)
+    assert isinstance(near.output, LowRank)
+    assert isinstance(near.input, LowRank)
+    residual, starts = draw(2, out, inner, seed=5), draw(2, out, inner, seed=6)
+    if not stacked:
+        residual, starts = residual[0], starts[0]
+    applied, expected = (kronecker_preconditioner(held)(residual) for held in (ours, theirs))
+    close(applied, expected, 1e-10)
+    options = {"iterations": 10, "batched": stacked}
+    for one, other in zip(
+        conjugate_gradients(ours, starts, preconditioner=kronecker_preconditioner(ours), **options),
+        conjugate_gradients(theirs, starts, preconditioner=kronecker_preconditioner(theirs), **options),
+        strict=True,
+    ):
+        close(one.value, other.value, 1e-9)
+
+
+def test_a_sketch_with_a_giant_direction_is_preconditioned_by_a_positive_map_in_float32():
+    """As the inputs of a language model's first layers are: one direction a million times larger than the others."""
+    spike = LowRank(draw(200, 1, seed=1) * 1e4, draw(200, seed=2) ** 2 * 1e-3)
+    narrow = Kronecker(spike, spike).to("cpu", torch.float32)
+    apply = kronecker_preconditioner(LinearSystem((narrow,), (torch.zeros(200, 200),)))
+    direction = spike.factor / spike.factor.norm()
+    for residual in (direction @ direction.T, direction @ draw(1, 200, seed=3), draw(200, 200, seed=4)):
+        assert float((residual * apply(residual.float()).double()).sum()) > 0
 
 
 def test_the_nearest_kronecker_product_is_the_term_itself_and_keeps_partial_traces():

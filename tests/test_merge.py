@@ -254,6 +254,7 @@ def test_auto_takes_what_fits_and_says_why(family, tmp_path):
     recipe, note = chosen(family.experts, base=family.base)
     assert (recipe.method, recipe.curvature.kind, recipe.curvature.normalization) == ("mats", "kfac", "trace")
     assert (recipe.solver.preconditioner, recipe.solver.damping, recipe.solver.iterations) == ("kronecker", 0.01, 30)
+    assert recipe.solver.tolerance == 0.01
     assert "every expert has K-FAC statistics" in note
     bare = families.make_family(tmp_path / "bare")
     recipe, note = chosen(bare.experts, base=bare.base)

@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mats_hub
-from mats_hub.curvature import Dense, Diagonal, Gram, Kronecker, LowRank
+from mats_hub.curvature import Dense, Diagonal, Gram, Kronecker, LowRank, written_out
 from mats_hub.errors import (
     CheckpointError,
     NumericalError,
@@ -1516,9 +1516,18 @@ def test_kfac_of_sketches(expert: Path, tmp_path: Path, rank: int) -> None:
     options = CurvatureOptions(kind="kfac")
     for parameter in whole.covers("kfac", ("linear", "bias")):
         exact, near = (s.curvature(parameter, options) for s in (whole, sketched))
+        held = [
+            value
+            for part in vars(near).values()
+            for value in ([part] if isinstance(part, Tensor) else [*vars(part).values()])
+        ]
+        assert sketched.entries(parameter, "kfac", dense=False) == sum(value.numel() for value in held)
+        assert sketched.entries(parameter, "kfac") == whole.entries(parameter, "kfac")
+        if isinstance(near, Kronecker):
+            assert isinstance(near.input, LowRank) == (2 * rank < len(exact.input))
         for part, value in vars(exact).items():
             if isinstance(value, Tensor) and value.dim() == 2:
-                found = getattr(near, part)
+                found = written_out(getattr(near, part))
                 torch.testing.assert_close(
                     found.diagonal(), value.diagonal(), rtol=1e-4, atol=1e-6 * float(value.abs().max())
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from mats_hub.architecture import layer_pattern
 from mats_hub.checkpoint import TORCH_DTYPES
-from mats_hub.curvature import Curvature, Dense, Gram, Identity, Kronecker, LowRank
+from mats_hub.curvature import (
+    Curvature,
+    Dense,
+    Gram,
+    Identity,
+    Kronecker,
+    LowRank,
+    as_factor,
+    sketch_pays,
+    written_out,
+)
 from mats_hub.errors import CheckpointError, RecipeError, StatisticsError, StatisticsMismatch, unknown
 from mats_hub.recipe import PARAMETERS
 from mats_hub.recipe import Curvature as CurvatureOptions
@@ -316,16 +327,21 @@ class Statistics:
         names = (f"{module}.{side}_gram", f"{module}.{side}_factor")
         return next((name for name in names if name in self.keys()), None)
 
-    def entries(self, parameter: str, kind: str) -> int:
-        """Return how many numbers the curvature of a parameter holds, its matrices written out."""
+    def entries(self, parameter: str, kind: str, dense: bool = True) -> int:
+        """Return how many numbers the curvature of a parameter holds; `dense`: with its sketches written out."""
         found = 0
         for use, module in self.uses.get(parameter, ()) if kind in VECTOR_SUMS else ():
-            shape = self._acts_on(kind, parameter, use, module) or (0,)
-            if use in ("embedding", "norm") or (use == "bias" and self._sum_of(module, "output") is None):
-                found += max(shape)
-                continue
-            stack, sides = (shape[0], shape[1:]) if use == "experts" else (1, shape)
-            found += stack * sum(size * size for size in sides)
+            outer = self._sum_of(module, "output") if kind == "kfac" else None
+            if use in ("embedding", "norm") or (use == "bias" and not outer):
+                found += max(self._acts_on(kind, parameter, use, module) or (0,))
+            elif use == "bias" and outer:
+                found += self.shape(outer)[0] ** 2
+            else:
+                inner = self._sum_of(self.aliases.get(module, module), "input")
+                for name in filter(None, (inner, outer)):
+                    *stack, size, rank = self.shape(name)
+                    sketched = name.endswith("_factor") and not dense and (outer is None or sketch_pays(size, rank))
+                    found += math.prod(stack) * size * (rank + 1 if sketched else size)
         return found
 
     def is_transposed(self, parameter: str) -> bool:
@@ -419,12 +435,8 @@ class Statistics:
         outputs = gram(outer) if outer else None
         if use == "bias":
             assert outputs is not None
-            return Dense(_matrix(outputs))
+            return Dense(written_out(as_factor(outputs)))
         inner = self._sum_of(self.aliases.get(module, module), "input")
         assert inner is not None
         inputs = gram(inner)
-        return inputs if outputs is None else Kronecker(_matrix(outputs), _matrix(inputs))
-
-
-def _matrix(curvature: Gram | LowRank) -> Tensor:
-    return curvature.dense().matrix if isinstance(curvature, LowRank) else curvature.matrix
+        return inputs if outputs is None else Kronecker(as_factor(outputs), as_factor(inputs))

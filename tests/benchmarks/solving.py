@@ -7,6 +7,8 @@ Their two functions (SciPy's conjugate gradient, one weight at a time) are taken
 Systems are K-FAC of three experts, with Grams whose eigenvalues fall off as those of trained models do. Printed for each shape:
 the seconds of one step of theirs ÷ ours, and the seconds until the residual that theirs has in the end, theirs ÷ ours (with the
 Kronecker preconditioner). On a GPU also the share of its measured matrix-product throughput that ours reaches.
+
+With --rank 64 instead of --theirs: steps with Grams that are sketched to this rank, beside those with the same Grams written out.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import argparse
 import ast
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
-from mats_hub.curvature import Kronecker
+from mats_hub.curvature import Kronecker, LowRank
 from mats_hub.linear_system import LinearSystem, match, together
 from mats_hub.preconditioner import kronecker_preconditioner
 from mats_hub.solver import conjugate_gradient, conjugate_gradients
+from mats_hub.statistics.sketch import Sketch, nystrom
 
 LAYERS = {
     "small": {(384, 384): 4, (1536, 384): 1, (384, 1536): 1},
@@ -38,11 +42,16 @@ EXPERTS, STEPS, RUNS = 3, 100, 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--theirs", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--theirs", type=Path)
+    what.add_argument("--rank", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["small"])
     parser.add_argument("--runs", type=int, default=RUNS)
     arguments = parser.parse_args()
+    shapes = {shape: count for layers in arguments.layers for shape, count in LAYERS[layers].items()}
+    if arguments.rank:
+        return compare_sketches(shapes, arguments)
     theirs = Theirs(arguments.theirs, arguments.device)
     peak = matrix_products(arguments.device)
     if arguments.device != "cpu":
@@ -51,23 +60,49 @@ def main() -> None:
         "| weights | residual of both after | step, theirs ÷ ours | to that residual, theirs ÷ ours | steps | of the peak |"
     )
     print("|---|---|---|---|---|---|")
-    for layers in arguments.layers:
-        for shape, count in LAYERS[layers].items():
-            systems = [system(shape, seed, arguments.device) for seed in range(count)]
-            starts = [torch.stack(s.deltas).mean(0) for s in systems]
-            row = compare(theirs, systems, starts, arguments.device, arguments.runs)
-            flops = 2 * EXPERTS * STEPS * count * (shape[0] ** 2 * shape[1] + shape[0] * shape[1] ** 2)
-            share = f"{flops / row['ours'] / peak:.0%}"
+    for shape, count in shapes.items():
+        systems = [system(shape, seed, arguments.device) for seed in range(count)]
+        starts = [torch.stack(s.deltas).mean(0) for s in systems]
+        row = compare(theirs, systems, starts, arguments.device, arguments.runs)
+        flops = 2 * EXPERTS * STEPS * count * (shape[0] ** 2 * shape[1] + shape[0] * shape[1] ** 2)
+        share = f"{flops / row['ours'] / peak:.0%}"
+        print(
+            f"| {count} of {shape[0]} × {shape[1]} | {row['residual']:.1e}, {row['residual ours']:.1e} "
+            f"| {row['theirs'] / row['steps'] / (row['ours'] / STEPS):.1f} | {row['theirs'] / row['reached']:.1f} "
+            f"| {row['steps']:.0f}, {row['steps ours']:.0f} | {share} |",
+            flush=True,
+        )
+        if arguments.device != "cpu":
             print(
-                f"| {count} of {shape[0]} × {shape[1]} | {row['residual']:.1e}, {row['residual ours']:.1e} "
-                f"| {row['theirs'] / row['steps'] / (row['ours'] / STEPS):.1f} | {row['theirs'] / row['reached']:.1f} "
-                f"| {row['steps']:.0f}, {row['steps ours']:.0f} | {share} |",
-                flush=True,
+                f"  seconds: theirs {row['theirs']:.3f}, ours {row['ours']:.4f}, to the residual {row['reached']:.4f}"
             )
-            if arguments.device != "cpu":
-                print(
-                    f"  seconds: theirs {row['theirs']:.3f}, ours {row['ours']:.4f}, to the residual {row['reached']:.4f}"
-                )
+
+
+def compare_sketches(shapes: Iterable[tuple[int, int]], arguments: argparse.Namespace) -> None:
+    """Print the medians of what steps take with matrices ÷ with the sketches that they were written out from."""
+    print(f"| weight | step, matrices ÷ sketches of rank {arguments.rank} | preconditioned |\n|---|---|---|")
+    for shape in shapes:
+        whole = system(shape, 0, arguments.device)
+        sketched = match([sketch(c, arguments.rank) for c in whole.curvatures], whole.deltas, [1.0] * EXPERTS)
+        written = match([c.dense() for c in sketched.curvatures], whole.deltas, [1.0] * EXPERTS)
+        start, ratios = torch.stack(whole.deltas).mean(0), []
+        for preconditioned in (False, True):
+            spent: list[list[float]] = [[], []]
+            for _ in range(arguments.runs + 1):
+                for one, held in zip((written, sketched), spent, strict=True):
+                    apply = kronecker_preconditioner(one) if preconditioned else None
+                    solve = partial(conjugate_gradient, one, start, iterations=STEPS // 10, preconditioner=apply)
+                    held.append(timed(solve, arguments.device)[1])
+            ratios.append(np.median(spent[0][1:]) / np.median(spent[1][1:]))  # the first run warms up
+        print(f"| {shape[0]} × {shape[1]} | {ratios[0]:.1f} | {ratios[1]:.1f} |", flush=True)
+
+
+def sketch(curvature: Kronecker, rank: int) -> Kronecker:
+    sides = []
+    for gram in (curvature.output, curvature.input):
+        probes = Sketch(rank).probes(["gram"], len(gram)).to(gram.device)
+        sides.append(LowRank(*nystrom(gram @ probes, probes, gram.diagonal())).to(gram.device, gram.dtype))
+    return Kronecker(*sides)
 
 
 def compare(
