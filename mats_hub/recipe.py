@@ -205,7 +205,7 @@ class Recipe(Part):
             RecipeError: an option is unknown or has a value it cannot have.
 
         """
-        content = self.model_dump(mode="json", exclude_none=True)
+        content = self._content(exclude_none=True)
         if "method" in options and options["method"] != self.method:
             content = {name: value for name, value in content.items() if name not in PARTS_OF_METHOD}
         for part, key in PARTS_OF_METHOD.items():
@@ -266,7 +266,11 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every value written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(self._content(), sort_keys=False, allow_unicode=True, width=120)
+
+    def _content(self, **how: Any) -> dict[str, Any]:
+        """Return what makes the same recipe: without the parts that method ``auto`` will choose."""
+        return self.model_dump(mode="json", exclude=set(PARTS_OF_METHOD) if self.method == AUTO else None, **how)
 
     def resolve(self, facts: Collection[str]) -> tuple[Recipe, str]:
         """Return the recipe with method ``auto`` replaced by what fits, and why in words.
@@ -301,9 +305,14 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
     """Put in what the method's row says for the parts and options that were not given."""
     if isinstance(content.get("experts"), list):
         content["experts"] = [{"model": e} if isinstance(e, str) else e for e in content["experts"]]
-    parts_given = any(content.get(part) is not None for part in ("initialization", "curvature", "solver"))
-    name = content.setdefault("method", "mats" if parts_given else AUTO)
-    if name == AUTO and not parts_given:
+    given_parts = [part for part in PARTS_OF_METHOD if content.get(part) is not None]
+    name = content.setdefault("method", "mats" if given_parts else AUTO)
+    if name == AUTO:
+        if given_parts:
+            raise RecipeError(
+                f"method 'auto' chooses the {given_parts[0]} itself, by what there is; leave it and its options out, or name a "
+                "method, such as 'mats', which takes any"
+            )
         return content
     if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(unknown("method", name, [AUTO, *METHODS]))

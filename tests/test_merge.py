@@ -273,6 +273,18 @@ def test_auto_takes_what_fits_and_says_why(family, tmp_path):
     assert (again.method, again.solver.damping) == ("mats", 0.01)
 
 
+def test_a_recipe_that_leaves_the_choice_can_be_written_and_changed_and_gives_no_options(tmp_path):
+    recipe = mats_hub.Recipe.build(["one", "other"], base="base", seed=3)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert mats_hub.Recipe.load(tmp_path / "recipe.yaml") == recipe.changed() == recipe
+    assert recipe.changed(method="ties", density=0.5).initialization.density == 0.5
+    for options, part in (({"iterations": 5}, "solver"), ({"initialization": "ties"}, "initialization")):
+        with pytest.raises(RecipeError, match=f"'auto' chooses the {part} itself.*name a method"):
+            mats_hub.Recipe.build(["one", "other"], method="auto", **options)
+        with pytest.raises(RecipeError, match="name a method"):
+            recipe.changed(**options)
+
+
 def test_save_copies_and_no_local_path_is_written(family, tmp_path):
     merged = mats_hub.merge(family.experts, base=family.base, method="mats", iterations=3)
     merged.save(tmp_path / "saved")

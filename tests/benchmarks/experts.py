@@ -75,6 +75,7 @@ METHODS: dict[str, list[dict]] = {
     "MaTS, task vectors' own Grams, damped": grid(**OWN, iterations=[30], damping=[0.1, 1.0, 10.0]),
     "MaTS, K-FAC, damped, from average": grid(**DAMPED),
     "MaTS, K-FAC, damped, trace-normalized, from average": grid(**DAMPED, normalization=["trace"]),
+    "MaTS as auto uses it": grid(method=["auto"]),
     "MaTS, K-FAC, damped, trace-normalized, from task arithmetic": grid(
         **DAMPED, normalization=["trace"], initialization=["task_arithmetic"], scale=[0.3, 0.5]
     ),
