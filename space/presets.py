@@ -38,6 +38,7 @@ PRESETS = [
             "preconditioner": "kronecker",
             "iterations": 30,
             "damping": 0.3,
+            "tolerance": 0.01,
         },
     ),
     Preset(
