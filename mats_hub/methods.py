@@ -259,7 +259,12 @@ DEFAULTS = (
     Default(
         FULL,
         "there are no statistics, and full checkpoints' own task vectors tell which directions matter",
-        {"method": "mats", "curvature": {"kind": "task_vector"}, "initialization": {"method": "task_arithmetic"}},
+        {
+            "method": "mats",
+            "curvature": {"kind": "task_vector"},
+            "initialization": {"method": "task_arithmetic"},
+            "solver": {"tolerance": 0.01},
+        },
     ),
     Default(
         ADAPTERS,

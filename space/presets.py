@@ -50,6 +50,7 @@ PRESETS = [
             "curvature": "task_vector",
             "initialization": "task_arithmetic",
             "scale": 0.4,
+            "tolerance": 0.01,
         },
     ),
     Preset(

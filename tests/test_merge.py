@@ -259,6 +259,7 @@ def test_auto_takes_what_fits_and_says_why(family, tmp_path):
     bare = families.make_family(tmp_path / "bare")
     recipe, note = chosen(bare.experts, base=bare.base)
     assert (recipe.method, recipe.curvature.kind) == ("mats", "task_vector")
+    assert (recipe.solver.iterations, recipe.solver.damping, recipe.solver.tolerance) == (30, 1.0, 0.01)
     assert "there are no statistics" in note
     assert chosen(bare.experts)[0].method == "average"
     mixed, note = chosen([family.experts[0], *bare.experts[1:]], base=family.base)
