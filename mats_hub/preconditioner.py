@@ -89,16 +89,18 @@ def _damped_inverse(matrix: Tensor | LowRank, damping: float, accuracy: float) -
         return lambda value: torch.cholesky_solve(value, factor)
     mean = diagonal_of(matrix).mean(-1, keepdim=True)
     rest = matrix.rest + torch.where(mean > 0, damping * mean, 1)
-    # (D + F Fᵀ)⁻¹ = D^-½ H H D^-½ with H = I - U diag(1 - (1 + s²)^-½) Uᵀ and D^-½ F = U diag(s) Vᵀ. Applied twice, and not
-    # as its square, it is positive in spite of rounding: 1 / (1 + s²) may be less than that.
+    # (D + F Fᵀ)⁻¹ = D^-½ H H D^-½ with H = (I + G Gᵀ)^-½ = I - W Wᵀ and G = D^-½ F. H is applied twice, and not its square
+    # once, so that rounding cannot make it indefinite: of a large direction it leaves less than that.
     root = in_float64(rest).rsqrt().unsqueeze(-1)
-    U, s, _ = torch.linalg.svd(root * in_float64(matrix.factor), full_matrices=False)
-    U, part, root = (held.to(rest) for held in (U, (1 - (1 + s.square()).rsqrt()).unsqueeze(-1), root))
+    G = root * in_float64(matrix.factor)
+    values, V = torch.linalg.eigh(G.mT @ G)
+    sizes = (1 + values.clamp(min=0)).sqrt().unsqueeze(-2)
+    W, root = (G @ (V / (sizes * (sizes + 1)).sqrt())).to(rest), root.to(rest)
 
     def apply(value: Tensor) -> Tensor:
         value = root * value
         for _ in range(2):
-            value -= U @ (part * (U.mT @ value))
+            value -= W @ (W.mT @ value)
         return root * value
 
     return apply
