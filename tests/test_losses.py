@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from test_loading import tiny_whisper
+from tokenizers import ByteLevelBPETokenizer
 
 import mats_hub
 from mats_hub.errors import StatisticsError
@@ -240,6 +241,25 @@ TOKEN_TASKS: dict[str, tuple[str, dict[str, list[Any]], list[Any]]] = {
     ),
     "BertForMaskedLM": ("fill-mask", {"text": TEXTS[:4]}, []),
 }
+
+
+def test_a_word_in_a_list_has_the_tokens_it_has_in_a_text(tmp_path):
+    """Byte-level tokenizers, as RoBERTa's, write the space before a word into its first token."""
+    words = ["Anna", "lives", "in", "Rome"]
+    learned = ByteLevelBPETokenizer()
+    learned.train_from_iterator([" ".join(words)] * 20, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    learned.save_model(str(tmp_path))
+    tokenizer = transformers.RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=len(TAGS),
+    )  # fmt: skip
+    transformers.RobertaForTokenClassification(config).save_pretrained(tmp_path)
+    _, data = task_of(tmp_path, {"tokens": [words], "ner_tags": [[1, 0, 0, 2]]})
+    (example,) = data.batches(1)
+    assert example["input_ids"][0].tolist() == tokenizer(" " + " ".join(words))["input_ids"]
+    assert example["input_ids"][0].tolist() != tokenizer(words, is_split_into_words=True)["input_ids"]
 
 
 @pytest.mark.parametrize("class_name", TOKEN_TASKS)

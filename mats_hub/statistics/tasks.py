@@ -30,6 +30,7 @@ GENERATED = "text that the model generated itself"
 GENERATED_TASK = "generated"
 GENERATED_AT_ONCE = 16
 
+TOKENIZER = ("AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
 IMAGES = ("AutoImageProcessor", "preprocessor_config.json")
 TASKS: dict[str, Task] = {
     "text-classification": Task(
@@ -122,7 +123,7 @@ def generate(
         raise StatisticsError(
             f"a {type(model).__name__} generates no text to be measured on; name its task's data (dataset, --dataset)"
         )
-    tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
+    tokenizer = _load_processor(files, *TOKENIZER)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise StatisticsError("the tokenizer has no token to begin a text with; name a data set (dataset, --dataset)")
@@ -178,7 +179,10 @@ def open_task(
         data.processor = _load_processor(files, *kind.processor)
     if kind.name == "image-classification":
         return data
-    data.tokenizer = _load_processor(files, "AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
+    data.tokenizer = _load_processor(files, *TOKENIZER)
+    if kind.name == "token-classification" and getattr(data.tokenizer, "add_prefix_space", None) is False:
+        # As RoBERTa's: a word in a list is to have the tokens that it has inside of a text, behind a space.
+        data.tokenizer = _load_processor(files, *TOKENIZER, add_prefix_space=True)
     reads = getattr(config, "text_config", config)
     limits = ("max_position_embeddings", "max_target_positions")
     found = (getattr(reads, limit, None) for limit in limits)
@@ -192,13 +196,15 @@ def open_task(
     return data
 
 
-def _load_processor(files: Sequence[Source], auto_class: str, *names: str) -> Any:
+def _load_processor(files: Sequence[Source], auto_class: str, *names: str, **options: Any) -> Any:
     import transformers
 
     for source in files:
         if any(name in source.sizes for name in names):
             where = {} if source.folder else {"revision": source.commit, "token": source.token}
-            return getattr(transformers, auto_class).from_pretrained(source.folder or source.repo_id, **where)
+            return getattr(transformers, auto_class).from_pretrained(
+                source.folder or source.repo_id, **where, **options
+            )
     raise StatisticsError(
         f"none of {', '.join(repr(source.spec) for source in files)} has a {names[0]}; push it beside the model"
     )
