@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mats_hub.closed_form import in_float64
-from mats_hub.curvature import Curvature, Gram, Identity, Kronecker, LowRank, as_factor, diagonal_of
+from mats_hub.curvature import Curvature, Diagonal, Gram, Identity, Kronecker, LowRank, as_factor, diagonal_of
 from mats_hub.errors import NumericalError
 from mats_hub.linear_system import LinearSystem
 
@@ -68,6 +68,8 @@ def _weighted_sum(matrices: Sequence[Tensor | LowRank], weights: Sequence[Tensor
 def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Preconditioner | None:
     """Return r ↦ P_B⁻¹ r P_A⁻¹ with the factors of `nearest_kronecker`, or None where there is none.
 
+    Of a diagonal system, as of embeddings and norms, it is the inverse itself, which leaves alone what no expert saw.
+
     Each factor is damped by `damping` times its mean diagonal, so that a rank-deficient sum can be factored, and by more where
     the curvatures were stored in a narrow dtype and rounding made one indefinite.
 
@@ -75,6 +77,12 @@ def kronecker_preconditioner(system: LinearSystem, damping: float = 1e-3) -> Pre
         NumericalError: a non-finite curvature, or one that is not positive semidefinite.
 
     """
+    operator = system.operator
+    if isinstance(operator, LowRank) and not operator.factor.shape[-1]:
+        operator = Diagonal(operator.rest.unsqueeze(-2))
+    if isinstance(operator, Diagonal):
+        values = torch.where(operator.values > 0, operator.values, 1)
+        return lambda residual: residual / values
     near = nearest_kronecker(system)
     if near is None:
         return None

@@ -418,6 +418,23 @@ def test_the_preconditioner_saves_iterations():
     assert kronecker_preconditioner(problem(CURVATURES["gram"])) is None
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "make",
+    [lambda seed: CURVATURES["diagonal"](seed, dead=1), lambda seed: LowRank(torch.zeros(IN, 0).double(), low_rank(seed, dead=1).rest)],
+    ids=["of entries", "of columns"],
+)  # fmt: skip
+def test_a_diagonal_system_is_solved_in_one_preconditioned_step(make, damping):
+    """As of embeddings, whose tokens are seen a few times or thousands of times; plain steps do not get there."""
+    system, x0 = problem(make), draw(OUT, IN, seed=5)
+    system = LinearSystem((*system.curvatures, system.damping(damping, x0.shape)), (*system.deltas, x0))
+    found = conjugate_gradient(
+        system, x0, iterations=30, tolerance=1e-12, preconditioner=kronecker_preconditioner(system)
+    )
+    assert found.iterations == 1
+    close(found.value, exact(system, x0).value, 1e-12)
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stacked"])
 @pytest.mark.parametrize("damped", [False, True], ids=["as it is", "beside an identity"])
 def test_sketches_are_solved_and_preconditioned_as_the_matrices_they_stand_for(damped, stacked):

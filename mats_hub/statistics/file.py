@@ -255,8 +255,12 @@ class Statistics:
 
     def _is_packed(self, key: str, dimensions: int) -> bool:
         """Tell whether a stored tensor holds the triangle of a symmetric matrix, or of a stack of them."""
-        stacked = any(("experts", key.rpartition(".")[0]) in found for found in self.uses.values())
-        return is_symmetric(key) and dimensions == (2 if stacked else 1)
+        return is_symmetric(key) and dimensions == (2 if key.rpartition(".")[0] in self._stacked else 1)
+
+    @cached_property
+    def _stacked(self) -> set[str]:
+        """The modules whose sums are stacks of matrices."""
+        return {module for found in self.uses.values() for use, module in found if use == "experts"}
 
     def __str__(self) -> str:
         found = self.provenance
