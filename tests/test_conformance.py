@@ -421,9 +421,12 @@ def test_the_preconditioner_saves_iterations():
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize(
     "make",
-    [lambda seed: CURVATURES["diagonal"](seed, dead=1), lambda seed: LowRank(torch.zeros(IN, 0).double(), low_rank(seed, dead=1).rest)],
+    [
+        lambda seed: CURVATURES["diagonal"](seed, dead=1),
+        lambda seed: LowRank(torch.zeros(IN, 0).double(), low_rank(seed, dead=1).rest),
+    ],
     ids=["of entries", "of columns"],
-)  # fmt: skip
+)
 def test_a_diagonal_system_is_solved_in_one_preconditioned_step(make, damping):
     """As of embeddings, whose tokens are seen a few times or thousands of times; plain steps do not get there."""
     system, x0 = problem(make), draw(OUT, IN, seed=5)
