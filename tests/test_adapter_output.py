@@ -416,6 +416,8 @@ def test_any_ranks_modules_patterns_and_number_of_experts(tmp_path_factory, each
 def test_loaded_by_peft_the_adapter_is_the_dense_merge(case, name, tmp_path):
     made = case(name)
     for title, (options, weights, factors) in LINEAR.items():
+        if name != "plain" and "weighted" not in title:
+            continue  # weights that are equal are no other case
         folder = tmp_path / title
         records = write(made.entries(weights), folder, base=made.base, **options)
         want = made.dense(factors(torch.tensor(weights[: len(made.deltas)], dtype=torch.float64)))

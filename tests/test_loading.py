@@ -372,6 +372,7 @@ def test_facts_of_a_config_with_an_infinite_number(tmp_path: Path) -> None:
     assert "backbone.layers.0.mixer.in_proj.weight" in describe(content).shapes
 
 
+@pytest.mark.slow
 def test_facts_are_kept_for_the_next_process(tmp_path: Path) -> None:
     config = json.loads(json.dumps(tiny_gpt2().config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}))
     asked = (

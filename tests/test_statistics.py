@@ -1326,6 +1326,7 @@ def test_an_interrupted_measurement_keeps_its_passes_when_memory_is_another(
     assert told[:2] == [f"statistics of expert, pass 1 of {count}: 0", f"statistics of expert, pass 2 of {count}: 2"]
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     FACTORIES["bert"](tmp_path / "expert", seed=2)
     rows = examples_of("bert", 12)
