@@ -134,10 +134,6 @@ class LowRank(Curvature):
         """Return value · (F Fᵀ + diag(d))."""
         return ((value @ self.factor) @ self.factor.mT).addcmul_(value, self.rest.unsqueeze(-2))
 
-    def from_left(self, value: Tensor) -> Tensor:
-        """Return (F Fᵀ + diag(d)) · value, for a value with as many rows as there are inputs."""
-        return (self.factor @ (self.factor.mT @ value)).addcmul_(value, self.rest.unsqueeze(-1))
-
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of F Fᵀ + diag(d) in every row."""
         return diagonal_of(self).unsqueeze(-2).expand(shape)
@@ -167,7 +163,7 @@ class Kronecker(Curvature):
 
     def matvec(self, value: Tensor) -> Tensor:
         """Return B · value · A."""
-        left = self.output @ value if isinstance(self.output, Tensor) else self.output.from_left(value)
+        left = _from_left(self.output, value)
         return left @ self.input if isinstance(self.input, Tensor) else self.input.matvec(left)
 
     def diagonal(self, shape: torch.Size) -> Tensor:
@@ -250,12 +246,19 @@ def as_factor(curvature: Gram | LowRank) -> Tensor | LowRank:
     """Return what acts from the right as a factor of a Kronecker product: a matrix, or a sketch where that pays."""
     if isinstance(curvature, LowRank) and sketch_pays(*curvature.factor.shape[-2:]):
         return curvature
-    return curvature.matrix if isinstance(curvature, Gram) else curvature.dense().matrix
+    return curvature.matrix if isinstance(curvature, Gram) else written_out(curvature)
 
 
 def written_out(matrix: Tensor | LowRank) -> Tensor:
     """Return a matrix that may be a sketch as a tensor ``[…, d, d]``."""
     return matrix if isinstance(matrix, Tensor) else matrix.dense().matrix
+
+
+def _from_left(matrix: Tensor | LowRank, value: Tensor) -> Tensor:
+    """Return matrix · value, for a matrix that may be a sketch."""
+    if isinstance(matrix, Tensor):
+        return matrix @ value
+    return (matrix.factor @ (matrix.factor.mT @ value)).addcmul_(value, matrix.rest.unsqueeze(-1))
 
 
 def diagonal_of(matrix: Tensor | LowRank) -> Tensor:
@@ -305,9 +308,7 @@ def restrict(curvature: Curvature, basis: Tensor) -> Curvature:
         case Identity() | Gram() | LowRank():
             return curvature
         case Kronecker():
-            output = curvature.output
-            acted = output @ basis if isinstance(output, Tensor) else output.from_left(basis)
-            return Kronecker(basis.mT @ acted, curvature.input)
+            return Kronecker(basis.mT @ _from_left(curvature.output, basis), curvature.input)
         case Sum():
             return Sum(tuple(restrict(term, basis) for term in curvature.terms))
     raise TypeError(f"a {type(curvature).__name__} curvature does not restrict to a span of columns")
