@@ -25,6 +25,10 @@ class Curvature(ABC):
     def matvec(self, value: Tensor) -> Tensor:
         """Return C · value, in the shape of `value`."""
 
+    def add_matvec(self, total: Tensor, value: Tensor) -> Tensor:
+        """Return total + C · value; what is in `total` may be lost."""
+        return total.add_(self.matvec(value))
+
     @abstractmethod
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of C for a weight of this shape, in that shape."""
@@ -166,6 +170,14 @@ class Kronecker(Curvature):
         left = _from_left(self.output, value)
         return left @ self.input if isinstance(self.input, Tensor) else self.input.matvec(left)
 
+    def add_matvec(self, total: Tensor, value: Tensor) -> Tensor:
+        """Return total + B · value · A, added by the last product itself."""
+        left = _from_left(self.output, value)
+        if isinstance(self.input, Tensor):
+            return _add_product(total, left, self.input)
+        factor = self.input.factor
+        return _add_product(total, left @ factor, factor.mT).addcmul_(left, self.input.rest.unsqueeze(-2))
+
     def diagonal(self, shape: torch.Size) -> Tensor:
         """Return the outer product of the diagonals of B and A."""
         rows, columns = diagonal_of(self.output), diagonal_of(self.input)
@@ -218,7 +230,7 @@ class Sum(Curvature):
         """Return Σ Cⱼ · value."""
         total = self.terms[0].matvec(value)
         for term in self.terms[1:]:
-            total = total + term.matvec(value)
+            total = term.add_matvec(total, value)
         return total
 
     def diagonal(self, shape: torch.Size) -> Tensor:
@@ -259,6 +271,12 @@ def _from_left(matrix: Tensor | LowRank, value: Tensor) -> Tensor:
     if isinstance(matrix, Tensor):
         return matrix @ value
     return (matrix.factor @ (matrix.factor.mT @ value)).addcmul_(value, matrix.rest.unsqueeze(-1))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == b.dim() == 2:
+        return total.addmm_(a, b)
+    return total.baddbmm_(a, b) if a.dim() == b.dim() == 3 else total.add_(a @ b)
 
 
 def diagonal_of(matrix: Tensor | LowRank) -> Tensor:

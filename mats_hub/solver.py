@@ -131,12 +131,11 @@ def conjugate_gradients(
     outcomes = [Outcome.ITERATIONS, Outcome.CONVERGED, Outcome.FIXED_POINT, Outcome.ROUNDING]
     iterating, converged, fixed_point, rounded, not_finite, negative = range(6)
     state = torch.where(solved, fixed_point, iterating)
-    precondition = preconditioner or (lambda residual: residual)
     r = r / torch.where(start > 0, start, 1).to(r.dtype)
-    p = y = precondition(r)
-    ry = _dots(r, y, dims)
-    steps, largest, travelled = torch.zeros_like(state), torch.zeros_like(ry), torch.zeros_like(ry)
-    left, least = torch.ones_like(ry), torch.zeros_like(ry)
+    left = _norms(r, dims)
+    p = y = preconditioner(r) if preconditioner else r
+    ry = _dots(r, y, dims) if preconditioner else left**2
+    steps, largest, travelled, least = torch.zeros_like(state), *(torch.zeros_like(ry) for _ in range(3))
     # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
     rounding, narrow = 4 * system.eps, system.accuracy > NARROW
     kept = {0: x0.clone()} if 0 in iterates else {}
@@ -158,7 +157,7 @@ def conjugate_gradients(
         active = state == iterating
         alpha = torch.where(active, ry / curvature, 0)
         x.addcmul_((alpha * start).to(x.dtype), p)
-        r = r - alpha.to(r.dtype) * Ap
+        r = torch.addcmul(r, alpha.to(r.dtype), Ap, value=-1)
         steps += active
         travelled = travelled + alpha * size.sqrt()
         left = _norms(r, dims)
@@ -166,9 +165,9 @@ def conjugate_gradients(
         state = torch.where(active & (history[-1] < tolerance), converged, state)
         if step in iterates:
             kept[step] = x.clone()
-        y = precondition(r)
-        ry, previous = _dots(r, y, dims), ry
-        p = y + torch.where(state == iterating, ry / previous, 0).to(p.dtype) * p
+        y = preconditioner(r) if preconditioner else r
+        ry, previous = _dots(r, y, dims) if preconditioner else left**2, ry
+        p = torch.addcmul(y, torch.where(state == iterating, ry / previous, 0).to(p.dtype), p)
     final = _norms(system.residual(x), dims) / reference
     residuals = torch.stack(history).flatten(1).T.tolist()
     found = []
