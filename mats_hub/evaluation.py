@@ -25,6 +25,7 @@ def evaluate(
     image: str | None = None,
     target: str | None = None,
     messages: str | None = None,
+    audio: str | None = None,
     processor: str | Path | None = None,
     base: str | Path | None = None,
     batch_size: int = 64,
@@ -46,7 +47,8 @@ def evaluate(
         image: image column.
         target: target text column.
         messages: column of conversations.
-        processor: where tokenizer or image processor come from; the merged model itself otherwise.
+        audio: column of sounds.
+        processor: where tokenizer and processor of images or sounds come from; the merged model itself otherwise.
         base: the base of a merged adapter, when it is not the one it names.
         batch_size: examples in one pass.
         max_length: tokens after which a text is cut.
@@ -66,9 +68,9 @@ def evaluate(
     loaded, _, _ = load_dataset(dataset, config, split, token)
     if processor is None and not isinstance(model, str | Path):
         raise ValueError(
-            "a loaded model needs 'processor': the folder or id its tokenizer or image processor comes from"
+            "a loaded model needs 'processor': the folder or id its tokenizer, or processor of images or sounds, comes from"
         )
     files = [open_source(processor if processor is not None else model, token)]
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages)
+    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
     return score(data, network.to(place), metric, batch_size, place)

@@ -27,6 +27,7 @@ class TaskEntry(Part):
     image: str | None = None
     target: str | None = None
     messages: str | None = None
+    audio: str | None = None
     metric: Literal["accuracy", "f1", "loss", "perplexity"] = "accuracy"
     examples: int | None = Field(None, ge=1, description="at most so many, drawn by 'seed'; all otherwise")
     seed: int = Field(0, ge=0)
@@ -127,7 +128,7 @@ class Suite(Mapping[str, TaskEntry]):
             name: the task.
             which: ``validation`` or ``test``.
             model: a transformers model.
-            processor: folder or id its tokenizer or image processor comes from.
+            processor: folder or id its tokenizer, or processor of images or sounds, comes from.
             device: where to compute.
             token: Hub token.
 
@@ -135,7 +136,7 @@ class Suite(Mapping[str, TaskEntry]):
         from mats_hub.evaluation import evaluate
 
         entry = self[name]
-        roles = ("text", "label", "image", "target", "messages", "metric", "batch_size", "max_length")
+        roles = ("text", "label", "image", "target", "messages", "audio", "metric", "batch_size", "max_length")
         options: dict[str, Any] = {role: getattr(entry, role) for role in roles}
         data = self.data(name, which, token)
         return evaluate(model, dataset=data, processor=processor, device=device, token=token, **options)

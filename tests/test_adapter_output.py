@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from cases import crossed
 from hub_server import validate_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -767,8 +768,7 @@ def solved(made: Case, records: Mapping[str, TensorRecord]) -> Iterator[tuple[st
     return iter(found)
 
 
-@pytest.mark.parametrize("family", MEASURED)
-@pytest.mark.parametrize("title", CURVED)
+@pytest.mark.parametrize(("family", "title"), crossed(MEASURED, CURVED))
 def test_a_matched_adapter_is_the_dense_solution(measured, title, family, tmp_path):
     made, options = measured(family), CURVED[title]
     records = write(made.entries(WEIGHTS), tmp_path / "merged", base=made.base, **options, rank=10_000)
@@ -784,8 +784,7 @@ def test_a_matched_adapter_is_the_dense_solution(measured, title, family, tmp_pa
     assert not any(value.any() for key, value in got.items() if key not in want)
 
 
-@pytest.mark.parametrize("family", MEASURED)
-@pytest.mark.parametrize("title", CURVED)
+@pytest.mark.parametrize(("family", "title"), crossed(MEASURED, CURVED))
 def test_the_cut_is_the_best_one_in_the_norm_of_the_curvature(measured, title, family, tmp_path):
     """In the norm tr(X G Xᵀ) that is the cut of the singular values of X G^½."""
     made, options = measured(family), CURVED[title]

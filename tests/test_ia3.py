@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from cases import crossed
 from hub_server import validate_card
 from safetensors.torch import load_file
 from torch import Tensor
@@ -187,7 +188,7 @@ def bert(tmp_path_factory):
 # The merged adapter ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method"), crossed(FAMILIES, METHODS), indirect=["family"])
 def test_vectors_are_one_plus_the_merge_of_what_experts_add_to_one(family, method):
     options, formula = METHODS[method]
     merged = mats_hub.merge(entries(family, weighted=True), method=method, **options)
@@ -315,7 +316,7 @@ def matched(merged, family: SimpleNamespace, options: dict, weights: list[float]
     return unseen
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("family", "solver"), crossed(FAMILIES, SOLVERS), indirect=["family"])
 def test_block_fisher_matches_what_each_expert_is_sensitive_to(family, solver):
     options, weighted = SOLVERS[solver]
     merged = mats_hub.merge(entries(family, NAMES[:2], weighted), method="mats", curvature="block_fisher", **options)
@@ -364,8 +365,9 @@ COMING_BACK = [
 ]
 
 
-@pytest.mark.parametrize(("method", "options"), COMING_BACK)
-def test_one_expert_and_identical_experts_come_back(family, method, options):
+@pytest.mark.parametrize(("family", "how"), crossed(FAMILIES, COMING_BACK), indirect=["family"])
+def test_one_expert_and_identical_experts_come_back(family, how):
+    method, options = how
     own = vectors_in(family.folder["one"])
     alone = mats_hub.merge([family.folder["one"]], method=method, **options)
     twice = [{"model": family.folder["one"], "name": name, "weight": 0.7} for name in ("a", "b")]
@@ -484,7 +486,7 @@ def body(merged, family: SimpleNamespace, task: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if "classifier" not in key or family.task_type is None}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method"), crossed(FAMILIES, METHODS), indirect=["family"])
 def test_a_full_checkpoint_is_the_merge_of_what_peft_makes_of_each(family, method):
     options, formula = METHODS[method]
     merged = mats_hub.merge(entries(family), method=method, format="full", **options)

@@ -467,6 +467,101 @@ def test_speech_is_measured_on_its_transcript(whisper):
         mats_hub.compute_statistics(folder, dataset=other, device="cpu")
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+WAVES = {
+    **{"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4},
+    **{"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 12, "vocab_size": 36, "pad_token_id": 0},
+}
+PATCHES = {"num_mel_bins": 16, "max_length": 20, "patch_size": 4, "frequency_stride": 4, "time_stride": 4}
+HEARING: dict[str, tuple[type, type, dict[str, Any], Any, str]] = {
+    # name: model, config and its settings, what makes features of sounds, the task
+    "waves, a class": (
+        transformers.Wav2Vec2ForSequenceClassification,
+        transformers.Wav2Vec2Config,
+        WAVES,
+        transformers.Wav2Vec2FeatureExtractor(),
+        "audio-classification",
+    ),
+    "patches of a spectrogram, a class": (
+        transformers.ASTForAudioClassification,
+        transformers.ASTConfig,
+        PATCHES,
+        transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=20),
+        "audio-classification",
+    ),
+    "waves, a transcript": (
+        transformers.HubertForCTC,
+        transformers.HubertConfig,
+        WAVES | {"ctc_loss_reduction": "mean"},
+        transformers.Wav2Vec2FeatureExtractor(),
+        "ctc",
+    ),
+}
+
+
+def hearing(folder: Path, name: str) -> tuple[Any, dict[str, list[Any]]]:
+    """Save a model of sounds; return it and examples that differ in length."""
+    model_class, config_class, settings, extractor, task = HEARING[name]
+    with models.seeded(5):
+        model = model_class(config_class(**SMALL, **settings, num_labels=3)).eval()
+    for part in (model, extractor, models.tiny_tokenizer("t5")):
+        part.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(4)
+    sounds = [torch.randn(1200 + 100 * i, generator=generator).tolist() for i in range(4)]
+    return model, {"audio": sounds} | ({"label": [0, 2, 1, 2]} if task != "ctc" else {"transcription": TEXTS[:4]})
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_sounds_of_any_lengths_are_measured_as_they_are_heard_alone(tmp_path, name):
+    model, rows = hearing(tmp_path, name)
+    extractor, task = HEARING[name][3:]
+    data = datasets.Dataset.from_dict(rows)
+    found = mats_hub.compute_statistics(tmp_path, dataset=data, kind=["kfac", "fisher"], batch_size=3, device="cpu")
+    assert found.provenance.task == task
+    names = [key.removesuffix(".fisher") for key in found.keys() if key.endswith("dense.weight.fisher")]  # noqa: SIM118
+    layer = names[0]
+    linear, seen = model.get_submodule(layer.removesuffix(".weight")), []
+    linear.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().flatten(0, -2)))
+    tokenizer, total, losses = models.tiny_tokenizer("t5"), 0, []
+    for sound, told in zip(*rows.values(), strict=True):
+        features = extractor(sound, sampling_rate=16000, return_tensors="pt")["input_values"]
+        labels = tokenizer(told, return_tensors="pt")["input_ids"] if task == "ctc" else torch.tensor([told])
+        loss = model(features, labels=labels).loss
+        losses.append(loss.item())
+        total = total + torch.autograd.grad(loss, linear.weight)[0].square()
+    torch.testing.assert_close(found.tensor(f"{layer}.fisher"), total, rtol=1e-3, atol=1e-6 * float(total.max()))
+    heard = torch.cat(seen)
+    gram = found.tensor(f"{layer.removesuffix('.weight')}.input_gram")
+    torch.testing.assert_close(gram, heard.T @ heard, rtol=1e-3, atol=1e-6 * float(gram.max()))
+    assert found.tokens[layer.removesuffix(".weight")] == len(heard)
+    renamed = data.rename_column("audio", "clip")
+    loss = mats_hub.evaluate(tmp_path, dataset=renamed, audio="clip", metric="loss")
+    assert loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+    if task == "ctc":
+        with pytest.raises(StatisticsError, match="no accuracy; use the loss"):
+            mats_hub.evaluate(tmp_path, dataset=data)
+
+
+def test_what_frames_tell_is_drawn_as_what_is_left_of_a_path(tmp_path):
+    _, rows = hearing(tmp_path, "waves, a transcript")
+    model, data = task_of(tmp_path, rows)
+    head, blank, token = model.lm_head, 0, 7
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    for certain, left in ((token, [token]), (blank, [IGNORED])):
+        head.bias.data.zero_()[certain] = 50.0
+        data.draw_labels(model, seed=0)
+        assert data.drawn == dict.fromkeys(range(4), left)
+        assert torch.isfinite(data.loss(model, next(data.batches(4))))
+    head.bias.data.zero_()[[blank, token]] = 50.0  # the two alike at every frame
+    data.draw_labels(model, seed=0)
+    assert {held for labels in data.drawn.values() for held in labels} == {token}
+    lengths = [len(labels) for labels in data.drawn.values()]
+    frames = [model(features).logits.shape[1] for features in (b["input_values"] for b in data.batches(1))]
+    # A run of tokens begins at a frame with probability 1/4.
+    assert abs(sum(lengths) - sum(frames) / 4) < 4 * (sum(frames) / 4) ** 0.5
+
+
 def test_a_language_model_is_measured_on_text_that_it_generates(tmp_path):
     model = models.tiny_gpt2(tmp_path / "gpt2", seed=1)
     options = {"examples": 20, "max_length": 9, "kind": "gram", "device": "cpu"}

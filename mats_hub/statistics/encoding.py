@@ -139,8 +139,14 @@ def seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     return {**text(data, row), "labels": list(target["input_ids"])}
 
 
-def speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
-    """Return a sound's features, and as labels the tokens of what is said."""
+def heard(data: TaskData, samples: Any) -> dict[str, Any]:
+    """Return a sound's features."""
+    found = data.processor(samples, sampling_rate=data.processor.sampling_rate, return_tensors="pt")
+    name = data.processor.model_input_names[0]
+    return {name: found[name][0]}
+
+
+def _sound(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     sound = row[data.columns.audio or ""]
     samples, rate = (sound["array"], sound["sampling_rate"]) if isinstance(sound, dict) else (sound, None)
     wanted = data.processor.sampling_rate
@@ -149,10 +155,24 @@ def speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
             f"column {data.columns.audio!r} has {rate} samples a second, but the model hears {wanted}; cast it with "
             f"datasets.Audio(sampling_rate={wanted})"
         )
-    found = data.processor(samples, sampling_rate=wanted, return_tensors="pt")
+    return heard(data, samples)
+
+
+def audio_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sound's features and its label."""
+    return {**_sound(data, row), **_label(data, row)}
+
+
+def speech(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sound's features, and as labels the tokens of what is said."""
     labels = list(data.tokenizer(text_target=row[data.columns.target or ""])["input_ids"])
     labels = labels[1:] if labels[:1] == [data.config.decoder_start_token_id] else labels  # the model puts it there
-    return {"input_features": found["input_features"][0], "labels": labels[: data.max_length]}
+    return {**_sound(data, row), "labels": labels[: data.max_length]}
+
+
+def ctc(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sound's features, and as labels the tokens that its frames tell in this order."""
+    return {**_sound(data, row), "labels": list(data.tokenizer(row[data.columns.target or ""])["input_ids"])}
 
 
 def tokens(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:

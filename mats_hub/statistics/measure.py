@@ -164,7 +164,7 @@ def compute_statistics(
     if labels == "model":
         data.draw_labels(network, seed, place)
     one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding
-    size = 1 if one_by_one else batch_size
+    size = 1 if one_by_one or data.singly else batch_size
     sample = next(data.batches(max(size, 2), place), None)
     if sample is None:
         raise StatisticsError(NO_EXAMPLE)

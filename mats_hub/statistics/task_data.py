@@ -31,6 +31,7 @@ class Task:
         per_token: whether the loss of an example is a mean over its tokens, so that a batch's is computed from logits.
         in_place: whether a token's label stands at the token, and not before it as where the next one is predicted.
         of_span: whether the labels are the first and the last token of an answer.
+        of_path: whether each frame tells a token or none, and the labels are what is left of them (CTC, Graves et al. 2006).
         classifies: whether it gives an example, or a token, one of the model's labels, of which there is an F1.
         mapping: transformers' table of the classes that do it, where their names do not tell.
         processor: the class that reads images or sounds, and the file it comes from.
@@ -44,6 +45,7 @@ class Task:
     per_token: bool = False
     in_place: bool = False
     of_span: bool = False
+    of_path: bool = False
     classifies: bool = False
     mapping: str = ""
     processor: tuple[str, str] | None = None
@@ -61,6 +63,7 @@ class TaskData:
         tokenizer: for text.
         processor: for images and sounds.
         max_length: tokens after which a text is cut.
+        singly: whether a batch holds one example, as of sounds that differ in length.
         drawn: row → labels drawn from the model's predictions, in place of the data's.
         last_batch: number of the batch that was handed out last.
         classes: inputs that go with every example: the names of the classes that an image is told from.
@@ -74,6 +77,7 @@ class TaskData:
     tokenizer: Any = None
     processor: Any = None
     max_length: int | None = None
+    singly: bool = False
     drawn: dict[int, Any] = field(default_factory=dict)
     last_batch: int = -1
     classes: dict[str, Tensor] = field(default_factory=dict)
@@ -83,9 +87,10 @@ class TaskData:
     ) -> Iterator[dict[str, Any]]:
         """Yield model inputs of `size` examples, padded to the longest of each batch, on `device`.
 
-        With `first` and `step` only every `step`-th batch, from number `first` on.
+        With `first` and `step` only every `step`-th batch, from number `first` on. Where `singly`, of one example each.
         Texts without a single token (the empty lines of a language-model corpus) are left out.
         """
+        size = 1 if self.singly else size
         for start in range(first * size, len(self.dataset), step * size):
             self.last_batch = start // size
             indices = range(start, min(start + size, len(self.dataset)))
@@ -138,6 +143,9 @@ class TaskData:
     def _draw(self, logits: Tensor, labels: Any, generator: torch.Generator) -> Any:
         if self.task.of_span:
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+        if self.task.of_path:
+            path = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].unique_consecutive()
+            return path[path != self.config.pad_token_id].tolist() or [IGNORED]
         if self.task.per_token:
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
             moved = [IGNORED, *tokens] if self._is_shifted else tokens
@@ -237,6 +245,8 @@ class TaskData:
             StatisticsError: the model predicts numbers, not labels.
 
         """
+        if self.task.of_path:
+            raise StatisticsError("what frames tell has no labels of their own, so there is no accuracy; use the loss")
         if self.is_regression and not self.task.per_token:
             raise StatisticsError(
                 "a regression head predicts numbers, of which there is no accuracy; compare them yourself"

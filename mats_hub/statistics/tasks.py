@@ -11,8 +11,11 @@ from mats_hub.errors import StatisticsError, unknown
 from mats_hub.source import Source
 from mats_hub.statistics.dataset import Columns, infer_columns, infer_role
 from mats_hub.statistics.encoding import (
+    audio_classification,
     causal_lm,
     chat,
+    ctc,
+    heard,
     image_among_classes,
     image_classification,
     masked_lm,
@@ -32,7 +35,18 @@ GENERATED_AT_ONCE = 16
 
 TOKENIZER = ("AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
 IMAGES = ("AutoImageProcessor", "preprocessor_config.json")
+SOUNDS = ("AutoFeatureExtractor", "preprocessor_config.json")
 TASKS: dict[str, Task] = {
+    # First, for some of its classes' names end like those of texts.
+    "audio-classification": Task(
+        "audio-classification",
+        ("ForAudioClassification",),
+        ("audio", "label"),
+        audio_classification,
+        classifies=True,
+        mapping="MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        processor=SOUNDS,
+    ),
     "text-classification": Task(
         "text-classification", ("ForSequenceClassification",), ("text", "label"), text_classification, classifies=True
     ),
@@ -59,8 +73,9 @@ TASKS: dict[str, Task] = {
         speech,
         per_token=True,
         mapping="MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-        processor=("AutoFeatureExtractor", "preprocessor_config.json"),
+        processor=SOUNDS,
     ),
+    "ctc": Task("ctc", ("ForCTC",), ("audio", "target"), ctc, of_path=True, processor=SOUNDS),
     "seq2seq": Task(
         "seq2seq", ("ForConditionalGeneration", "ForSeq2SeqLM"), ("text", "target"), seq2seq, per_token=True
     ),
@@ -177,7 +192,11 @@ def open_task(
     data = TaskData(kind, dataset, chosen, config)
     if kind.processor:
         data.processor = _load_processor(files, *kind.processor)
-    if kind.name == "image-classification":
+    if kind.processor == SOUNDS:
+        rate = data.processor.sampling_rate
+        short, long = (next(iter(heard(data, [0.0] * length).values())).shape for length in (rate // 2, rate))
+        data.singly = short != long
+    if kind.name in ("audio-classification", "image-classification"):
         return data
     data.tokenizer = _load_processor(files, *TOKENIZER)
     if kind.name == "token-classification" and getattr(data.tokenizer, "add_prefix_space", None) is False:
