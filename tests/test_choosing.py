@@ -48,7 +48,7 @@ def recipe(local, **options):
     return Recipe.build(local.experts, base=local.base, **options)
 
 
-@pytest.mark.parametrize("start", ["average", "ties"])
+@pytest.mark.parametrize("start", ["ties", pytest.param("average", marks=pytest.mark.slow)])
 def test_candidates_are_what_a_merge_of_each_recipe_is(local, tmp_path, start):
     """One reading, and one run of conjugate gradient for all numbers of steps: the same bytes."""
     options = [
