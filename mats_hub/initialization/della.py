@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mats_hub.initialization.context import Context
-from mats_hub.initialization.dare import drawn
+from mats_hub.initialization.dare import DRAWS, drawn
 from mats_hub.initialization.ties import elect
 
 
@@ -30,8 +31,9 @@ def della(
     kept = []
     for delta, expert in zip(deltas, context.experts, strict=True):
         chance = (density - epsilon + 2 * epsilon * _standing(delta)).clamp(1e-3, 1)
-        stays = (drawn(delta, expert, context) < (chance * 2**32 - 2**31)).to(delta.device)
-        kept.append(torch.where(stays, delta / chance.to(delta.device, delta.dtype), 0))
+        limit = (chance * DRAWS).round()
+        stays = torch.as_tensor(np.less(drawn(delta, expert, context), limit.numpy()), device=delta.device)
+        kept.append(torch.where(stays, delta / (limit / DRAWS).to(delta.device, delta.dtype), 0))
     return elect(kept, weights, fuse).mul_(scale)
 
 
