@@ -12,6 +12,7 @@ A merge, from floor to floor:
     recipe, plan                           what is asked for, and what will happen to every tensor
     reading, thresholds, matching, merging task vectors in parts or whole, one tensor's system, the streaming loop
     adapter_merging                        the same for adapters merged into an adapter, in factors
+    companions                             tokenizer, processor and whatever else a model is used with
     merged_model, card, hub                a folder that is an ordinary Hub repository, its card, its push
     compressing, bundle                    experts as masks of one multi-task vector, and back
     candidates, choosing                   many recipes on one reading, scored: settings, methods

@@ -36,6 +36,10 @@ PIPELINE_TAGS = {
 }
 
 
+SENTENCES = "sentence-transformers"
+"""The library that models of sentences are used with, and shown with on the Hub."""
+
+
 def write_card(report: MergeReport, folder: Path) -> None:
     """Draw the figures and write README.md into a merged model's folder."""
     figures = draw_figures(report, folder / "figures")
@@ -74,6 +78,8 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         "datasets": list(dict.fromkeys(datasets)),
         "tags": list(dict.fromkeys(["merge", "mats", MERGE_TAG, report.recipe["method"]])),
     }
+    if {expert.get("library") for expert in report.experts} == {SENTENCES}:
+        content["library_name"] = SENTENCES
     if report.bundle:
         content["library_name"] = MERGE_TAG
         content["tags"].insert(0, "compressed")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.candidates import Candidate, as_given, merge_candidates
+from mats_hub.companions import companions_of
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.figures import draw_table
@@ -261,8 +262,7 @@ def evaluate_tasks(
 def _processor(expert: str | Path, model: str | Path, token: Any) -> str | Path:
     from mats_hub.source import open_source
 
-    held = open_source(expert, token).sizes
-    return expert if {"tokenizer_config.json", "preprocessor_config.json", "tokenizer.json"} & held.keys() else model
+    return expert if companions_of(open_source(expert, token)) else model
 
 
 def as_suite(tasks: Suite | Mapping[str, Any] | str | Path) -> Suite:

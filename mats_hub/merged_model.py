@@ -22,6 +22,7 @@ from mats_hub import __version__
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
+from mats_hub.companions import copy_companions, copy_sentence_modules
 from mats_hub.errors import RecipeError, ResourceError, SourceError
 from mats_hub.expert import Expert
 from mats_hub.journal import Journal, digest_of
@@ -34,26 +35,6 @@ from mats_hub.progress import Progress
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport, TensorRecord, Watch
 from mats_hub.source import Source, file_sha256, open_source
-
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "feature_extractor_config.json",
-)
-"""Files that go with the weights, taken from one named source."""
 
 
 class MergedModel:
@@ -308,7 +289,11 @@ def write_surroundings(plan: Plan, folder: Path) -> list[str]:
         _write_config(plan, folder)
     for expert in plan.experts:
         _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
-    return _copy_companions(plan, folder)
+    experts = [expert.source for expert in plan.experts]
+    sources = [plan.reference.source, *experts]
+    if plan.recipe.tokenizer:
+        sources = [open_source(plan.recipe.tokenizer, plan.experts[0].source.token)]
+    return [*copy_companions(sources, folder), *copy_sentence_modules(experts, folder)]
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -347,28 +332,6 @@ def _write_task(plan: Plan, expert: Expert, folder: Path) -> None:
                 writer.write(own, expert.whole_tensor(own))
 
 
-def _copy_companions(plan: Plan, folder: Path) -> list[str]:
-    """Copy tokenizer, processor and generation config; return a note when there is none."""
-    if plan.recipe.tokenizer:
-        sources = [open_source(plan.recipe.tokenizer, plan.experts[0].source.token)]
-    else:
-        sources = [plan.reference.source, *(expert.source for expert in plan.experts)]
-    for source in sources:
-        names = [name for name in COMPANION_FILES if name in source.sizes]
-        if not names or names == ["generation_config.json"]:
-            continue
-        for name in names:
-            content = source.json(name) if name.endswith("_config.json") else {}
-            if content:
-                _write_json(
-                    folder / name, {k: v for k, v in content.items() if k not in ("name_or_path", "_name_or_path")}
-                )
-            else:
-                shutil.copyfile(source.path(name), folder / name)
-        return []
-    return ["no tokenizer or processor was found; name a model that has one with 'tokenizer' (--tokenizer)"]
-
-
 def _facts(source: Source) -> dict[str, Any]:
     card = source.front_matter
     return {
@@ -378,6 +341,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "license": card.get("license") if isinstance(card.get("license"), str) else None,
         "language": card.get("language"),
         "pipeline_tag": card.get("pipeline_tag"),
+        "library": card.get("library_name"),
     }
 
 

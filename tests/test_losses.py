@@ -374,12 +374,9 @@ def save_clip(folder: Path) -> Any:
     with models.seeded(3):
         model = transformers.CLIPModel(config).eval()
     side = {"height": 8, "width": 8}
-    for part in (
-        model,
-        models.tiny_tokenizer("t5"),
-        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=side),
-    ):
-        part.save_pretrained(folder)
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=side)
+    for part in (model, transformers.CLIPProcessor(pixels, models.tiny_tokenizer("t5"))):
+        part.save_pretrained(folder)  # the two in one file
     return model
 
 
@@ -465,6 +462,102 @@ def test_speech_is_measured_on_its_transcript(whisper):
     other = datasets.Dataset.from_dict({"audio": [{"array": sounds[0], "sampling_rate": 44100}], "sentence": TEXTS[:1]})
     with pytest.raises(StatisticsError, match=r"44100 samples a second.*sampling_rate=16000"):
         mats_hub.compute_statistics(folder, dataset=other, device="cpu")
+
+
+SEEN_AND_SAID = (
+    "{% for m in messages %}{{ '[CLS] ' if m['role'] == 'user' else '[SEP] ' }}"
+    "{% for part in m['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}"
+    "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}{{ '[SEP] ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """Save a language model that sees images; return its folder, itself and its processor."""
+    folder = tmp_path_factory.mktemp("llava")
+    sides = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = models.tiny_tokenizer("llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**sides, vocab_size=40, max_position_embeddings=64),
+        vision_config=transformers.CLIPVisionConfig(**sides, image_size=8, patch_size=4, projection_dim=8),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    with models.seeded(3):
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = transformers.LlavaProcessor(
+        pixels, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_token="<image>", chat_template=SEEN_AND_SAID,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, processor
+
+
+def said_of(images: int, answer: str, question: str = "was it") -> list[dict[str, Any]]:
+    asked = [{"type": "image", "text": None}] * images + [{"type": "text", "text": question}]
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def test_answers_about_images_are_what_counts_in_a_conversation_and_in_columns(llava):
+    folder, model, processor = llava
+    pictures = models.tiny_images(4)
+    images, answers = [pictures[:1], pictures[1:3], pictures[3:]], ["bad film", "good", "a warm slow song"]
+    layers = (
+        "model.language_model.layers.1.mlp.up_proj.weight",
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.multi_modal_projector.linear_1.weight",
+    )
+    total: dict[str, Any] = dict.fromkeys(layers, 0)
+    loss = lengths = 0
+    for seen, answer in zip(images, answers, strict=True):
+        text = f"[CLS] {'<image> ' * len(seen)}was it [SEP] {answer} </s>"
+        inputs = processor(text=text, images=seen, return_tensors="pt")
+        labels = inputs["input_ids"].clone()
+        labels[:, : -len(answer.split()) - 1] = IGNORED  # what is said, and that it ends
+        found = model(**inputs, labels=labels).loss
+        parameters = [model.get_parameter(name) for name in layers]
+        for name, gradient in zip(layers, torch.autograd.grad(found, parameters), strict=True):
+            total[name] = total[name] + gradient.square()
+        loss += found.item() / 3
+        lengths += labels.numel()
+    told = [said_of(len(seen), answer) for seen, answer in zip(images, answers, strict=True)]
+    talked = datasets.Dataset.from_dict({"images": images, "messages": told})
+    found = mats_hub.compute_statistics(folder, dataset=talked, kind=["kfac", "fisher"], batch_size=2, device="cpu")
+    assert found.provenance.task == "image-text-to-text"
+    for name, value in total.items():
+        torch.testing.assert_close(found.tensor(f"{name}.fisher"), value, rtol=1e-3, atol=1e-6 * float(value.max()))
+    # The text's tokens, an image's patches and its class token, and the patches alone.
+    assert [found.tokens[name.removesuffix(".weight")] for name in layers] == [lengths, 4 * (4 + 1), 4 * 4]
+    assert mats_hub.evaluate(folder, dataset=talked, metric="loss") == pytest.approx(loss, rel=1e-5)
+    # Where the images are not placed they come first; a question and its answer are a conversation.
+    rows = {"images": images, "question": ["was it"] * 3, "answer": answers}
+    asked = datasets.Dataset.from_dict(rows)
+    assert mats_hub.evaluate(folder, dataset=asked, metric="loss") == pytest.approx(loss, rel=1e-5)
+    wrong = datasets.Dataset.from_dict({"images": [pictures], "messages": [said_of(3, "good")]})
+    with pytest.raises(StatisticsError, match="names 3 of the 4 images"):
+        mats_hub.compute_statistics(folder, dataset=wrong, device="cpu")
+    wrong = datasets.Dataset.from_dict({"images": [pictures[:1]], "messages": [said_of(2, "good")]})
+    with pytest.raises(StatisticsError, match="more images than the 1 it has"):
+        mats_hub.compute_statistics(folder, dataset=wrong, device="cpu")
+
+
+def test_a_model_that_sees_is_measured_on_texts_as_any_language_model(llava):
+    folder, model, processor = llava
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    found = mats_hub.compute_statistics(folder, dataset=rows, batch_size=3, device="cpu")
+    assert found.provenance.task == "causal-lm"
+    losses = []
+    for text in TEXTS:
+        inputs = processor.tokenizer(text, return_tensors="pt")
+        losses.append(model(**inputs, labels=inputs["input_ids"]).loss.item())
+    assert mats_hub.evaluate(folder, dataset=rows, metric="loss") == pytest.approx(sum(losses) / 6, rel=1e-5)
+    drawn = mats_hub.compute_statistics(folder, kind="gram", examples=4, max_length=6, device="cpu")
+    assert drawn.provenance.task == "generated"
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

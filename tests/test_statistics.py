@@ -506,7 +506,7 @@ def test_seq2seq_needs_its_target_for_grams_too(cases: dict[str, Any]) -> None:
 
 def test_model_without_a_task_or_tokenizer_is_refused(cases: dict[str, Any], tmp_path: Path) -> None:
     other = transformers.BertForNextSentencePrediction(tiny_bert_body(tmp_path / "body").config)
-    told = r"task of a BertForNextSentencePrediction; name one of: text-classification, token-classification"
+    told = r"task of a BertForNextSentencePrediction; name one of: audio-classification, text-classification"
     with pytest.raises(StatisticsError, match=told):
         task_data(tmp_path / "body", other, bert_rows())
     cases["bert"].model.save_pretrained(tmp_path / "bare")

@@ -36,7 +36,7 @@ FLOORS = (
     ("closed_form", "streaming", "figures"),
     ("preconditioner",),
     ("solver", "statistics.conditioning"),
-    ("checkpoint", "pickles"),
+    ("checkpoint", "pickles", "companions"),
     ("adapter", "bundle", "journal", "statistics.accumulate", "statistics.dataset"),
     ("lora", "output", "statistics.watch", "statistics.storage", "statistics.parallel"),
     ("adapter_opening", "statistics.file"),

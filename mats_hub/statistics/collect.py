@@ -172,6 +172,8 @@ def _batch_size(batch: Batch) -> int:
 
 
 def _example(batch: Batch, index: int) -> Batch:
+    if _batch_size(batch) == 1:  # what comes with it may have other first dimensions
+        return batch
     return {key: value[index : index + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

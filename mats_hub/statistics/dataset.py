@@ -19,12 +19,12 @@ TEXT_PAIRS = (
     ("question", "context"),
 )
 COLUMN_NAMES = {
-    "text": ("text", "sentence", "content", "input", "source"),
+    "text": ("text", "sentence", "content", "input", "source", "question", "prompt"),
     "words": ("tokens", "words"),
     "label": ("label", "labels"),
     "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels"),
     "answers": ("answers",),
-    "image": ("image", "img"),
+    "image": ("image", "img", "images"),
     "target": ("target", "output", "summary", "answer", "sentence", "transcription"),
     "audio": ("audio", "speech"),
     "messages": ("messages", "conversations"),

@@ -34,7 +34,13 @@ def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
-    messages = row[data.columns.messages or ""]
+    ids, labels = _turns(data, row[data.columns.messages or ""])
+    cut = slice(0, data.max_length)
+    return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+
+
+def _turns(data: TaskData, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Return a conversation's tokens up to the assistant's last, and those that it says as labels."""
     ids: list[int] = []
     labels: list[int] = []
     for position, message in enumerate(messages):
@@ -49,8 +55,48 @@ def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
             )
         labels += [IGNORED] * (len(prompt) - len(ids)) + turn[len(prompt) :]
         ids = turn
-    cut = slice(0, data.max_length)
-    return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+    return ids, labels
+
+
+def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Put a conversation about images through the processor's chat template; only what the assistant says has labels.
+
+    A question and its answer, in columns of their own, are such a conversation. Nothing is cut: an image's tokens stay whole.
+    """
+    columns = data.columns
+    if columns.messages:
+        messages = row[columns.messages]
+    else:
+        asked = " ".join(row[column] for column in columns.text)
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[columns.target or ""]}]
+    images = row[columns.image or ""]
+    messages = _with_images(messages, images if isinstance(images, list) else [images])
+    ids, labels = _turns(data, messages)
+    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    given = data.features_of_chat(messages[: last + 1]) if ids else {}
+    return {**given, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _with_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+    """Return messages whose contents are parts, with the images where they are named, or before the first of what is asked."""
+    left, found = list(images), []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        # A data set fills up parts of different kinds with fields that are empty.
+        parts = [{k: v for k, v in part.items() if v is not None and k in ("type", "text")} for part in parts]
+        for part in parts:
+            if part["type"] == "image":
+                if not left:
+                    raise StatisticsError(f"a conversation names more images than the {len(images)} it has")
+                part["image"] = left.pop(0)
+        found.append({"role": message["role"], "content": parts})
+    if len(left) == len(images):
+        asked = next((message for message in found if message["role"] == "user"), found[0])
+        asked["content"] = [*({"type": "image", "image": image} for image in left), *asked["content"]]
+    elif left:
+        raise StatisticsError(f"a conversation names {len(images) - len(left)} of the {len(images)} images it has")
+    return found
 
 
 def masked_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:

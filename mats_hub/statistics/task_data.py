@@ -32,9 +32,10 @@ class Task:
         in_place: whether a token's label stands at the token, and not before it as where the next one is predicted.
         of_span: whether the labels are the first and the last token of an answer.
         of_path: whether each frame tells a token or none, and the labels are what is left of them (CTC, Graves et al. 2006).
+        batched: whether an example's tensors are a batch of one already, as what a processor makes of several images.
         classifies: whether it gives an example, or a token, one of the model's labels, of which there is an F1.
         mapping: transformers' table of the classes that do it, where their names do not tell.
-        processor: the class that reads images or sounds, and the file it comes from.
+        processor: the class that reads images or sounds, and the files it may come from.
 
     """
 
@@ -46,9 +47,10 @@ class Task:
     in_place: bool = False
     of_span: bool = False
     of_path: bool = False
+    batched: bool = False
     classifies: bool = False
     mapping: str = ""
-    processor: tuple[str, str] | None = None
+    processor: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -171,7 +173,7 @@ class TaskData:
         for key in features[0]:
             values = [feature[key] for feature in features]
             if isinstance(values[0], Tensor):
-                batch[key] = torch.stack(values)
+                batch[key] = values[0] if self.task.batched else torch.stack(values)
             elif isinstance(values[0], list):
                 fill = padding.get(key, 0)
                 batch[key] = torch.tensor([v + [fill] * (lengths[key] - len(v)) for v in values])
@@ -180,10 +182,19 @@ class TaskData:
         return batch
 
     def templated(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        """Return the tokens of a conversation in the tokenizer's chat template."""
+        """Return the tokens of a conversation in the chat template of the tokenizer, or of the processor of its images."""
+        if self.processor is not None:
+            return self.features_of_chat(messages, **options)["input_ids"][0].tolist()
         if not self.tokenizer.chat_template:
             raise StatisticsError("the tokenizer has no chat template; give the data as plain text (--text)")
         return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
+    def features_of_chat(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Return a model's inputs of a conversation with images, as a batch of one."""
+        if not self.processor.chat_template:
+            raise StatisticsError("the processor has no chat template; add one, or give texts without images (--text)")
+        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(self.processor.apply_chat_template(messages, **how, **options))
 
     def masks(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""

@@ -17,6 +17,7 @@ from mats_hub.statistics.encoding import (
     ctc,
     heard,
     image_among_classes,
+    image_chat,
     image_classification,
     masked_lm,
     seq2seq,
@@ -34,8 +35,9 @@ GENERATED_TASK = "generated"
 GENERATED_AT_ONCE = 16
 
 TOKENIZER = ("AutoTokenizer", "tokenizer_config.json", "tokenizer.json")
-IMAGES = ("AutoImageProcessor", "preprocessor_config.json")
-SOUNDS = ("AutoFeatureExtractor", "preprocessor_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+IMAGES = ("AutoImageProcessor", *PROCESSORS)
+SOUNDS = ("AutoFeatureExtractor", *PROCESSORS)
 TASKS: dict[str, Task] = {
     # First, for some of its classes' names end like those of texts.
     "audio-classification": Task(
@@ -74,6 +76,16 @@ TASKS: dict[str, Task] = {
         per_token=True,
         mapping="MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
         processor=SOUNDS,
+    ),
+    "image-text-to-text": Task(
+        "image-text-to-text",
+        (),
+        ("image", "text", "target"),
+        image_chat,
+        per_token=True,
+        batched=True,
+        mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        processor=("AutoProcessor", *PROCESSORS),
     ),
     "ctc": Task("ctc", ("ForCTC",), ("audio", "target"), ctc, of_path=True, processor=SOUNDS),
     "seq2seq": Task(
@@ -134,7 +146,8 @@ def generate(
     """
     import datasets
 
-    if infer_task(type(model).__name__).name != "causal-lm":
+    kind = infer_task(type(model).__name__).name
+    if kind not in ("causal-lm", "image-text-to-text") or model.config.is_encoder_decoder:
         raise StatisticsError(
             f"a {type(model).__name__} generates no text to be measured on; name its task's data (dataset, --dataset)"
         )
@@ -186,10 +199,13 @@ def open_task(
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
-    if task is None and kind.name == "causal-lm" and not columns.text and infer_role("messages", dataset.column_names):
+    if task is None and kind.batched and not (columns.image or infer_role("image", dataset.column_names)):
+        kind = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"]
+    talks = columns.messages or (not columns.text and infer_role("messages", dataset.column_names))
+    if task is None and kind.name == "causal-lm" and talks:
         kind = TASKS["chat"]
-    chosen = infer_columns(dataset, columns, kind.roles, needs_labels)
-    data = TaskData(kind, dataset, chosen, config)
+    roles = ("image", "messages") if kind.batched and talks else kind.roles
+    data = TaskData(kind, dataset, infer_columns(dataset, columns, roles, needs_labels), config, singly=kind.batched)
     if kind.processor:
         data.processor = _load_processor(files, *kind.processor)
     if kind.processor == SOUNDS:
