@@ -86,7 +86,8 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
         return [{key: key for key in linear if len(headers[key].shape) == 2} for _ in plan.experts]
     facts = describe(plan.reference.config)
     stored_names = facts.stored_names
-    parts = {piece.parameter for made in facts.pieces.values() for piece in made}  # what a checkpoint stores as one
+    # What a checkpoint stores as one, or in another form.
+    otherwise = {piece.parameter for made in facts.pieces.values() for piece in made} | facts.shapes.keys()
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
         names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
@@ -96,7 +97,7 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
         }
         stored = align(tied.values(), plan.reference.headers, stored_names)
         names |= {alias: stored[name] for alias, name in tied.items() if name in stored}
-        strangers = [name for name in covered if not (name in names or name in expert.extra or name in parts)]
+        strangers = [name for name in covered if not (name in names or name in expert.extra or name in otherwise)]
         if strangers and not expert.adapter:
             plan.problems.append(
                 StatisticsMismatch(

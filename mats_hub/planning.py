@@ -340,11 +340,16 @@ def _kept_extra(plan: Plan, expert: Expert) -> list[str]:
     kept = []
     for own in expert.extra:
         if expert.adapter and own in expert.adapter.changed:
+            base, other = plan.reference.source.spec, describe(plan.reference.config).tied.get(own)
+            why = (
+                f"{base!r} stores once with {other!r}, and from which it would then differ; merge"
+                if other
+                else f"{base!r} does not have; is it an adapter of another base? If that base stores several weights of its "
+                "model as one, merge"
+            )
             plan.problems.append(
                 IncompatibleExperts(
-                    f"adapter {expert.name!r} changes {own!r}, which {plan.reference.source.spec!r} does not have; "
-                    "is it an adapter of another base? If that base stores several weights of its model as one, merge its "
-                    "adapters into an adapter (--format adapter)"
+                    f"adapter {expert.name!r} changes {own!r}, which {why} its adapters into an adapter (--format adapter)"
                 )
             )
         elif expert.checkpoint.headers[expert.whole[own]].is_float:

@@ -979,3 +979,15 @@ def test_what_is_no_adapter_is_refused(measured):
     for options in ({}, {"format": "full"}):
         with pytest.raises(MatsError, match="rank"):
             mats_hub.merge([made.base, *made.experts], base=made.base, method="average", rank=3, **options)
+
+
+def test_factors_of_one_of_two_tied_weights_do_not_go_into_a_full_checkpoint(tmp_path):
+    models.tiny_gpt2(tmp_path / "base")
+    for seed in (1, 2):
+        models.lora_adapter(tmp_path / "base", tmp_path / f"e{seed}", seed=seed, **CAUSAL | on("c_attn", "lm_head"))
+    experts = [str(tmp_path / f"e{seed}") for seed in (1, 2)]
+    with pytest.raises(
+        PlanError, match=r"'lm_head\.weight', which .*base' stores once with 'transformer\.wte\.weight'"
+    ):
+        mats_hub.merge(experts, base=str(tmp_path / "base"), method="average", format="full")
+    assert mats_hub.merge(experts, base=str(tmp_path / "base"), method="average").report.tensors

@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 import mats_hub
+from mats_hub.errors import PlanError
+from mats_hub.statistics.tasks import infer_task
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),
 ]  # of what each model warns
-LARGEST = 1_000_000
+LARGEST = 5_000_000
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
@@ -54,20 +56,26 @@ MAPPINGS = (
     modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 KINDS = sorted({(kind, name) for mapping in MAPPINGS for kind, name in mapping.items() if isinstance(name, str)})
+
+
+def small(default: dict[str, Any]) -> dict[str, Any]:
+    """Return what to make a config of, and those of its parts, instead of what they are by default."""
+    settings = {n: value for n, value in SMALL.items() if n in default and (n != "head_dim" or default[n] is not None)}
+    settings |= {name: value for name, value in STAGES.items() if isinstance(default.get(name), list)}
+    parts = {name: part for name, part in default.items() if isinstance(part, dict) and part.get("model_type")}
+    return settings | {name: small(part) | {"model_type": part["model_type"]} for name, part in parts.items()}
 
 
 def tiny(kind: str, class_name: str) -> Any:
     """Return a random model; skip what cannot be made so."""
     model_class = getattr(transformers, class_name)
     try:
-        default = transformers.AutoConfig.for_model(kind).to_dict()
-        settings = {
-            n: value for n, value in SMALL.items() if n in default and (n != "head_dim" or default[n] is not None)
-        }
-        settings |= {name: value for name, value in STAGES.items() if isinstance(default.get(name), list)}
-        config = transformers.AutoConfig.for_model(kind, **settings)
+        config = transformers.AutoConfig.for_model(kind, **small(transformers.AutoConfig.for_model(kind).to_dict()))
         with torch.device("meta"):
             size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
         if size <= LARGEST:
@@ -120,7 +128,8 @@ def test_full_checkpoints(stored: tuple[Any, Path]) -> None:
     for method, options, scale in (("average", {}, 0.5), ("task_arithmetic", {"scale": 0.7}, 0.7)):
         merged = mats_hub.merge(folders, base=str(root / "base"), method=method, **options)
         assert_moved(*states_of(model_class, merged.folder), base, experts, scale)
-    if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    task = infer_task(model_class.__name__).name
+    if task not in ("causal-lm", "image-text-to-text") or merged.load().config.is_encoder_decoder:
         return
     try:
         for length in (8, 3):
@@ -150,13 +159,21 @@ def test_lora_adapters(stored: tuple[Any, Path]) -> None:
         except Exception as error:
             pytest.skip(f"PEFT does not adapt it: {type(error).__name__} {str(error)[:80]}")
         models.shaken([p for name, p in model.named_parameters() if "lora_" in name], seed, 0.1)
-        model.save_pretrained(root / f"a{seed}")
+        try:
+            model.save_pretrained(root / f"a{seed}")
+        except NotImplementedError as error:
+            pytest.skip(f"PEFT does not store it: {error}")
         folders.append(str(root / f"a{seed}"))
         kept.append(merged_state(model))
     [base] = states_of(model_class, root / "base")
-    merged = mats_hub.merge(
-        folders, base=str(root / "base"), method="task_arithmetic", scale=0.7, format="full", allow_other_base=True
-    )
+    try:
+        merged = mats_hub.merge(
+            folders, base=str(root / "base"), method="task_arithmetic", scale=0.7, format="full", allow_other_base=True
+        )
+    except PlanError as error:
+        if "stores once with" in str(error):
+            pytest.skip("one of two tied weights is adapted")
+        raise
     assert_moved(*states_of(model_class, merged.folder), base, kept, 0.7)
 
     def given_back(folder: Path | str) -> dict[str, Tensor]:

@@ -170,6 +170,8 @@ def test_of_a_conversation_only_the_assistants_tokens_count(chat):
     _, data = task_of(chat, {"messages": [talk, talk[:2], talk[:1]]})
     assert data.task.name == "chat"
     batch = next(data.batches(3))
+    named = [[{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in talk]]
+    assert next(task_of(chat, {"conversations": named})[1].batches(1))["labels"].equal(batch["labels"][:1])
     assert len(batch["input_ids"]) == 2, "a conversation without an answer has nothing to learn from"
     for row, answers in ((0, ["it was dull </s>", "we liked the plot </s>"]), (1, ["it was dull </s>"])):
         labels = batch["labels"][row]
@@ -538,12 +540,22 @@ def test_answers_about_images_are_what_counts_in_a_conversation_and_in_columns(l
     rows = {"images": images, "question": ["was it"] * 3, "answer": answers}
     asked = datasets.Dataset.from_dict(rows)
     assert mats_hub.evaluate(folder, dataset=asked, metric="loss") == pytest.approx(loss, rel=1e-5)
+    told = [[{"from": speaker, "value": t} for speaker, t in (("human", "was it"), ("gpt", a))] for a in answers]
+    talked = datasets.Dataset.from_dict({"image": images, "conversations": told})
+    assert mats_hub.evaluate(folder, dataset=talked, metric="loss") == pytest.approx(loss, rel=1e-5)
     wrong = datasets.Dataset.from_dict({"images": [pictures], "messages": [said_of(3, "good")]})
     with pytest.raises(StatisticsError, match="names 3 of the 4 images"):
         mats_hub.compute_statistics(folder, dataset=wrong, device="cpu")
     wrong = datasets.Dataset.from_dict({"images": [pictures[:1]], "messages": [said_of(2, "good")]})
     with pytest.raises(StatisticsError, match="more images than the 1 it has"):
         mats_hub.compute_statistics(folder, dataset=wrong, device="cpu")
+    for message, said in (
+        ({"role": "user", "text": "a"}, "messages with role"),
+        ({"role": "user", "content": 3}, "parts"),
+    ):
+        wrong = datasets.Dataset.from_dict({"image": pictures[:1], "messages": [[message]]})
+        with pytest.raises(StatisticsError, match=said):
+            mats_hub.compute_statistics(folder, dataset=wrong, device="cpu")
 
 
 def test_a_model_that_sees_is_measured_on_texts_as_any_language_model(llava):

@@ -11,6 +11,9 @@ from mats_hub.errors import StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.task_data import TaskData, predicts_numbers
 
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""Roles under other names."""
+
 MASKED = 0.15
 """Of a text's tokens, what a masked language model is to tell."""
 
@@ -34,9 +37,23 @@ def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
-    ids, labels = _turns(data, row[data.columns.messages or ""])
+    ids, labels = _turns(data, _conversation(data, row))
     cut = slice(0, data.max_length)
     return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+
+
+def _conversation(data: TaskData, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a conversation, each with its role and content, also where they are called from and value."""
+    column, found = data.columns.messages or "", []
+    for message in row[column] or []:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():  # as ShareGPT has them
+            message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"]}
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise StatisticsError(
+                f"column {column!r} has to hold conversations: lists of messages with role and content"
+            )
+        found.append(message)
+    return found
 
 
 def _turns(data: TaskData, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -65,16 +82,17 @@ def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """
     columns = data.columns
     if columns.messages:
-        messages = row[columns.messages]
+        messages = _conversation(data, row)
     else:
         asked = " ".join(row[column] for column in columns.text)
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[columns.target or ""]}]
-    images = row[columns.image or ""]
+    images = row[columns.image or ""] or []
     messages = _with_images(messages, images if isinstance(images, list) else [images])
     ids, labels = _turns(data, messages)
     last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     given = data.features_of_chat(messages[: last + 1]) if ids else {}
-    return {**given, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    found = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return found | {name: value for name, value in given.items() if name not in found}
 
 
 def _with_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
@@ -83,6 +101,8 @@ def _with_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(isinstance(part, dict) and "type" in part for part in parts):
+            raise StatisticsError("a message's content is neither a text nor a list of parts, each with its type")
         # A data set fills up parts of different kinds with fields that are empty.
         parts = [{k: v for k, v in part.items() if v is not None and k in ("type", "text")} for part in parts]
         for part in parts:
