@@ -44,6 +44,14 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # the tests run on all cores, one process each
 )
 
+LONGEST = ("test_page.py", "test_statistics.py", "test_adapter_output.py", "test_demo.py", "test_jobs.py")
+"""Files that take longest: they begin first, so that no process is left alone with one in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def hub_server() -> Iterator[LocalHub]:

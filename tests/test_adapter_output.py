@@ -413,7 +413,9 @@ def test_any_ranks_modules_patterns_and_number_of_experts(tmp_path_factory, each
     assert_near(made.changes(made.adapted(root / "merged")), want, 1e-10)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 2 else ()) for i, name in enumerate(VARIANTS)]
+)
 def test_loaded_by_peft_the_adapter_is_the_dense_merge(case, name, tmp_path):
     made = case(name)
     for title, (options, weights, factors) in LINEAR.items():

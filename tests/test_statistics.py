@@ -21,6 +21,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from cases import crossed
 from models import (
     FACTORIES,
     ia3_adapter,
@@ -1231,8 +1232,7 @@ def stop_after(count: int) -> Callable[[Iterable[Any], int, str], Iterable[Any]]
 KINDS = ["kfac", "fisher"]
 
 
-@pytest.mark.parametrize("family", list(FACTORIES))
-@pytest.mark.parametrize("options", [{}, {"rank": 3}], ids=["whole", "sketched"])
+@pytest.mark.parametrize(("family", "options"), crossed(FACTORIES, [{}, {"rank": 3}]))
 def test_several_passes_give_what_one_gives(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     FACTORIES[family](tmp_path / "expert", seed=2)
     data = examples_of(family, 7)
@@ -1261,8 +1261,7 @@ def test_several_passes_give_what_one_gives(tmp_path: Path, family: str, options
         assert one.path.read_bytes() == several.path.read_bytes()
 
 
-@pytest.mark.parametrize("memory", ["1GB", "60KB"])
-@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"labels": "model"}], ids=["whole", "sketched", "drawn"])
+@pytest.mark.parametrize(("memory", "options"), crossed(["60KB", "1GB"], [{}, {"rank": 3}, {"labels": "model"}]))
 def test_an_interrupted_measurement_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, options: dict[str, Any]
 ) -> None:
