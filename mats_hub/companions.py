@@ -26,7 +26,7 @@ COMPANION_FILES = (
 SENTENCE_MODULES = "modules.json"
 """In it sentence-transformers lists what follows a model's body, each module with a folder of its own."""
 
-SENTENCE_FILES = (SENTENCE_MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def companions_of(source: Source) -> list[str]:
@@ -50,33 +50,32 @@ def copy_sentence_modules(experts: Sequence[Source], folder: Path) -> list[str]:
     """Copy what sentence-transformers does with a body's output, where all experts have it; return notes.
 
     Only modules without weights are copied, as pooling and normalizing; others would have to be merged.
-
-    Raises:
-        CheckpointError: a list of modules is none.
-
     """
     if not all(SENTENCE_MODULES in source.sizes for source in experts):
         return []
-    first, modules = experts[0], [_modules(source) for source in experts]
-    insides = tuple(f"{name}/" for name in modules[0])
-    weights = [name for name in first.sizes if name.startswith(insides) and not name.endswith((".json", ".md"))]
-    if weights:
-        return [
-            f"sentence-transformers' modules are left out, for {weights[0]!r} is not merged: the result is the body alone"
-        ]
-    for name in (*SENTENCE_FILES, *(f"{inside}config.json" for inside in insides)):
-        if name in first.sizes:
-            _copy(first, name, folder)
-    others = [source.public_spec for source, found in zip(experts, modules, strict=True) if found != modules[0]]
-    return (
-        [f"sentence-transformers' modules of {', '.join(others)} are others than those that are taken"]
-        if others
-        else []
-    )
+    first, left_out = experts[0], "sentence-transformers' modules are left out, the result is the body alone: "
+    try:
+        modules = [_modules(source) for source in experts]
+        insides = tuple(f"{name}/" for name in modules[0])
+        weights = [name for name in first.sizes if name.startswith(insides) and not name.endswith((".json", ".md"))]
+        if weights:
+            return [f"{left_out}{weights[0]!r} is not merged"]
+        for name in (*SENTENCE_FILES, *(f"{inside}config.json" for inside in insides), SENTENCE_MODULES):
+            if name in first.sizes:
+                _copy(first, name, folder)
+    except CheckpointError:  # it names a folder of this machine, which notes do not
+        return [f"{left_out}what {SENTENCE_MODULES} lists cannot be read"]
+    others = ", ".join(e.public_spec for e, found in zip(experts, modules, strict=True) if found != modules[0])
+    return [f"sentence-transformers' modules of {others} are others than those that are taken"] if others else []
 
 
 def _modules(source: Source) -> dict[str, dict[str, Any]]:
-    """Return the folders of sentence-transformers' modules behind the body, and the config of each."""
+    """Return the folders of sentence-transformers' modules behind the body, and the config of each.
+
+    Raises:
+        CheckpointError: the list, or a config, is none.
+
+    """
     try:
         listed = [module["path"] for module in json.loads(source.path(SENTENCE_MODULES).read_text(encoding="utf-8"))]
         folders = [path for path in listed if path]

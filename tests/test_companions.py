@@ -11,7 +11,6 @@ import pytest
 
 import mats_hub
 from mats_hub.card import front_matter
-from mats_hub.errors import CheckpointError
 
 BODY, POOLING, NORMALIZE = (
     {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{name}"}
@@ -91,10 +90,12 @@ def test_modules_with_weights_are_left_out_and_named(bodies):
 @pytest.mark.parametrize(
     "text", ["{", "[1]", '{"a": 1}', '[{"path": "../out"}]', '[{"path": 3}]', '[{"no": ""}]', "null"]
 )
-def test_a_list_of_modules_that_is_none_is_an_error(bodies, tmp_path, text):
+def test_a_list_of_modules_that_is_none_is_left_out_and_told(bodies, text):
     for folder in bodies[1:]:
         of_sentences(folder)
         (folder / "modules.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"one.*modules\.json does not list modules"):
-        merge(bodies, output=tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    merged = merge(bodies)
+    assert [note for note in merged.report.notes if "left out" in note and "modules.json lists cannot be read" in note]
+    assert str(bodies[0].parent) not in (merged.folder / "README.md").read_text()
+    assert not (merged.folder / "modules.json").exists()
+    assert not (merged.folder / "1_Pooling").exists()
