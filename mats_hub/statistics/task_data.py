@@ -32,6 +32,7 @@ class Task:
         in_place: whether a token's label stands at the token, and not before it as where the next one is predicted.
         of_span: whether the labels are the first and the last token of an answer.
         of_path: whether each frame tells a token or none, and the labels are what is left of them (CTC, Graves et al. 2006).
+        tokenizes: whether there are texts in it, so that it needs a tokenizer.
         batched: whether an example's tensors are a batch of one already, as what a processor makes of several images.
         classifies: whether it gives an example, or a token, one of the model's labels, of which there is an F1.
         mapping: transformers' table of the classes that do it, where their names do not tell.
@@ -47,6 +48,7 @@ class Task:
     in_place: bool = False
     of_span: bool = False
     of_path: bool = False
+    tokenizes: bool = True
     batched: bool = False
     classifies: bool = False
     mapping: str = ""

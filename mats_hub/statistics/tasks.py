@@ -46,6 +46,7 @@ TASKS: dict[str, Task] = {
         ("audio", "label"),
         audio_classification,
         classifies=True,
+        tokenizes=False,
         mapping="MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
         processor=SOUNDS,
     ),
@@ -97,6 +98,7 @@ TASKS: dict[str, Task] = {
         ("image", "label"),
         image_classification,
         classifies=True,
+        tokenizes=False,
         processor=IMAGES,
     ),
     "zero-shot-image-classification": Task(
@@ -212,7 +214,7 @@ def open_task(
         rate = data.processor.sampling_rate
         short, long = (next(iter(heard(data, [0.0] * length).values())).shape for length in (rate // 2, rate))
         data.singly = short != long
-    if kind.name in ("audio-classification", "image-classification"):
+    if not kind.tokenizes:
         return data
     data.tokenizer = _load_processor(files, *TOKENIZER)
     if kind.name == "token-classification" and getattr(data.tokenizer, "add_prefix_space", None) is False:
