@@ -330,7 +330,7 @@ def _write_config(plan: Plan, folder: Path, parts: list[_Part]) -> None:
         "peft_type": adapters[0].options["peft_type"],
         # For classifiers PEFT would expect a head in the adapter; the merged one's heads are kept per task, beside it.
         "task_type": task_types.pop() if len(task_types) == 1 and not any(plan.kept.values()) else None,
-        "base_model_name_or_path": source.repo_id or source.name,
+        "base_model_name_or_path": source.hub_id or source.name,
         "revision": source.commit,
         "modules_to_save": sorted({part.module for part in whole if not part.own.endswith(".bias")}) or None,
         "inference_mode": True,

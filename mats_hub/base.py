@@ -59,7 +59,7 @@ def open_base(plan: Plan, token: str | bool | None) -> None:
     for expert, adapter in adapters:
         revision = adapter.options.get("revision")
         if revision and source.repo_id and _same_base(adapter.base.partition("@")[0], source):
-            _check_revision(plan, expert, f"{source.repo_id}@{revision}", token)
+            _check_revision(plan, expert, f"{source.hub_id}@{revision}", token)
 
 
 def _check_revision(plan: Plan, expert: Expert, spec: str, token: str | bool | None) -> None:
@@ -83,8 +83,8 @@ def _check_revision(plan: Plan, expert: Expert, spec: str, token: str | bool | N
 
 def _same_base(name: str, base: Source) -> bool:
     """Tell whether an adapter's base can be this one; a folder is believed unless the name is another folder here."""
-    if base.repo_id:
-        return name.lower() == base.repo_id.lower()
+    if base.hub_id:
+        return name.lower() == base.hub_id.lower()
     try:
         other = open_source(name) if re.search(r"[/\\]", name) and name.startswith(("/", ".", "~")) else None
     except MatsError:

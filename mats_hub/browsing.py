@@ -12,7 +12,7 @@ from mats_hub.errors import HubError, MatsError, SourceError
 from mats_hub.hub_client import hub_api, hub_errors
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, open_source
+from mats_hub.source import is_hub_id, open_source
 
 MAX_DEPTH = 8
 """Generations that a lineage is followed for."""
@@ -157,7 +157,7 @@ def lineage(model: str, token: str | bool | None = None) -> Lineage:
     Of other models the card's ``base_model`` is followed.
 
     Args:
-        model: a Hub id ``owner/name[@revision]`` or a folder.
+        model: a Hub id ``owner/name[/folder][@revision]`` or a folder.
         token: Hub token; the one stored on this machine otherwise.
 
     Raises:
@@ -169,7 +169,7 @@ def lineage(model: str, token: str | bool | None = None) -> Lineage:
 
 def _lineage(spec: str, role: str, token: Any, above: frozenset[str], must: bool = False) -> Lineage:
     name = spec.partition("@")[0]
-    if not must and not (HUB_ID.match(name) and "/" in name):
+    if not must and not (is_hub_id(name) and "/" in name):
         return Lineage(spec, role, note="a folder on the machine of whoever merged it")
     if name in above or len(above) >= MAX_DEPTH:
         return Lineage(spec, role, note="shown above" if name in above else "not followed further")

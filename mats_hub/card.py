@@ -6,6 +6,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,11 +56,7 @@ def render_card(report: MergeReport, figures: Iterable[str] = (), repo_id: str |
         repo_id: the repository it will be in, when that is known.
 
     """
-    import jinja2
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(cell=_cell, text=_text)
-    return environment.from_string(_template()).render(**_values(report, list(figures), repo_id)).rstrip() + "\n"
+    return str(_template().render(**_values(report, list(figures), repo_id))).rstrip() + "\n"
 
 
 def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, Any]:
@@ -127,11 +124,16 @@ def validate_card(text: str) -> None:
         raise HubError(f"the Hub refuses the model card: {found}. Mend the front matter of {CARD_FILE}")
 
 
-def _template() -> str:
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(cell=_cell, text=_text)
     package = Path(__file__).parent
     for folder in (package, package.parent):  # in the wheel it lies inside the package, in a source tree beside it
         if (folder / TEMPLATE_FILE).is_file():
-            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+            return environment.from_string((folder / TEMPLATE_FILE).read_text(encoding="utf-8"))
     raise FileNotFoundError(f"{TEMPLATE_FILE} is missing from this installation of mats_hub; install it again")
 
 
@@ -364,7 +366,9 @@ def _bundle_values(report: MergeReport) -> dict[str, Any] | None:
 
 def _link(facts: dict[str, Any]) -> str:
     if facts["repo_id"]:
-        return f"[{facts['repo_id']}](https://huggingface.co/{facts['repo_id']})"
+        name, _, commit = facts["model"].partition("@")
+        folder = name.removeprefix(facts["repo_id"])
+        return f"[{name}](https://huggingface.co/{facts['repo_id']}{f'/tree/{commit}{folder}' if folder else ''})"
     return f"{_text(facts['model'])} (a local folder)"
 
 

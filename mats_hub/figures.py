@@ -30,11 +30,17 @@ def draw_figures(report: MergeReport, folder: Path) -> list[str]:
     return names
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+MARGINS = {"left": 0.12, "right": 0.98, "bottom": 0.15, "top": 0.93}
+"""Of the figures that every merge has: finding margins that fit takes longer than drawing them."""
+
+
+def _figure(width: float, height: float, margins: Mapping[str, float] | None = None) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=110, layout=None if margins else "constrained")
+    if margins:
+        figure.subplots_adjust(**margins)
     FigureCanvasAgg(figure)  # no global state and no display, so that figures can be drawn in any thread
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -47,7 +53,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _convergence(report: MergeReport) -> Any:
-    figure, axes = _figure(7, 3.6)
+    figure, axes = _figure(7, 3.6, MARGINS)
     histories = [record.residuals for record in report.solved if record.iterations]
     for history in histories:
         axes.plot(range(len(history)), history, color="#4c6ef5", alpha=0.25, linewidth=0.8)
@@ -63,7 +69,7 @@ def _convergence(report: MergeReport) -> Any:
 
 
 def _movement(report: MergeReport) -> Any:
-    figure, axes = _figure(7, 3.6)
+    figure, axes = _figure(7, 3.6, MARGINS)
     records = [record for record in report.tensors if record.solution_norm is not None]
     positions = range(len(records))
     if len(records[0].expert_norms) > 1:

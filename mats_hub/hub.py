@@ -16,7 +16,7 @@ from mats_hub.errors import HubError
 from mats_hub.eval_results import eval_result_files
 from mats_hub.hub_client import hub_api, hub_errors, is_connection_error
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, Source, open_source
+from mats_hub.source import HUB_ID, Source, is_hub_id, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
 from mats_hub.statistics.storage import INDEX_ENDING
@@ -239,8 +239,8 @@ def push_statistics(
 ) -> str:
     """Publish a statistics file in one commit, with a section of the card that says what it is and what it is from.
 
-    In the expert's own repository it is found by whoever merges that expert; so it is in a repository of its own, which says
-    whose statistics it holds. No data are sent, only sums over them.
+    In the expert's own repository, or its folder there, it is found by whoever merges that expert; so it is in a repository of
+    its own, which says whose statistics it holds. No data are sent, only sums over them.
 
     Args:
         path: the file, or the index of several.
@@ -262,13 +262,15 @@ def push_statistics(
     statistics = Statistics.load(path)
     expert = statistics.provenance.model.partition("@")[0]
     target = repo_id or expert
-    if not HUB_ID.match(target) or "/" not in target:
+    if not is_hub_id(target) or "/" not in target:
         raise HubError(
             f"{Path(path).name!r} has statistics of {expert!r}, which is no model on the Hub; name a repository (OWNER/NAME)"
         )
     api = hub_api(token)
     with hub_errors(target, HubError):
-        source = open_source(target, token) if api.repo_exists(target) else None
+        owner, name, *folders = target.split("/")
+        repository = f"{owner}/{name}"
+        source = open_source(target, token) if api.repo_exists(repository) else None
         if source is not None and not _holds_weights(source):
             source = None
         if source is not None:
@@ -276,14 +278,16 @@ def push_statistics(
         card = _statistics_card(statistics, source, expert)
         validate_card(card)
         if source is None:
-            api.create_repo(target, private=private, exist_ok=True)
+            api.create_repo(repository, private=private, exist_ok=True)
         if create_pr is None:
             me = api.whoami()
-            create_pr = target.split("/")[0] not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
-        operations = [CommitOperationAdd(name, content) for name, content in _statistics_files(statistics).items()]
-        operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+            create_pr = owner not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
+        files = _statistics_files(statistics) | {CARD_FILE: card.encode()}
+        operations = [CommitOperationAdd("/".join([*folders, file]), content) for file, content in files.items()]
         title = f"Statistics for merging ({', '.join(statistics.provenance.kinds)})"
-        return _commit(api, target, operations, title, create_pr=create_pr, parent=source.commit if source else None)
+        return _commit(
+            api, repository, operations, title, create_pr=create_pr, parent=source.commit if source else None
+        )
 
 
 def _holds_weights(source: Source) -> bool:
@@ -312,7 +316,7 @@ def _statistics_card(statistics: Statistics, source: Source | None, expert: str)
         return f"{SECTION.sub('', text).rstrip()}\n\n{section}"
     found = statistics.provenance
     content: dict[str, Any] = {
-        "base_model": expert if HUB_ID.match(expert) and "/" in expert else None,
+        "base_model": "/".join(expert.split("/")[:2]) if is_hub_id(expert) and "/" in expert else None,
         "datasets": [found.dataset] if found.dataset_commit else None,
         "library_name": "mats_hub",
         "tags": [STATISTICS_TAG],

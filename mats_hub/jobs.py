@@ -11,7 +11,7 @@ from mats_hub.hub import check_can_push
 from mats_hub.hub_client import hub_api, hub_errors
 from mats_hub.planning import make_plan
 from mats_hub.recipe import Recipe
-from mats_hub.source import HUB_ID
+from mats_hub.source import is_hub_id
 
 IMAGE = "python:3.12"
 GPU_IMAGE = "pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime"
@@ -73,7 +73,7 @@ def submit(
     plan.raise_problems()
     named = [plan.recipe.base, *(e.model for e in plan.recipe.experts), *(e.statistics for e in plan.recipe.experts)]
     for name in named:
-        if name is not None and ("@" not in name or not HUB_ID.match(name.partition("@")[0])):
+        if name is not None and ("@" not in name or not is_hub_id(name.partition("@")[0])):
             raise RecipeError(
                 f"a Job reads models and statistics from the Hub, but {name!r} is on this machine; publish it first"
             )

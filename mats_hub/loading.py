@@ -232,11 +232,10 @@ def _config(content: dict[str, Any]) -> Any:
 def _from_pretrained(
     model_class: Any, source: Source, dtype: Any, config: Any = None, info: bool = False, device_map: str | None = None
 ) -> Any:
-    where: dict[str, Any] = {"pretrained_model_name_or_path": source.folder or source.repo_id}
+    where = source.for_transformers
     if source.folder is None:
         for name in source.weight_files:  # their bytes are checked, as transformers does not
             source.path(name)
-        where.update(revision=source.commit, token=source.token)
     if config is not None:
         where.update(config=config)
     if device_map is not None:

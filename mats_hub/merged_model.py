@@ -76,7 +76,7 @@ class MergedModel:
         """Open a merged model in a folder, or one on the Hub, which is fetched into the Hub's cache.
 
         Args:
-            model: a folder, or ``owner/name[@revision]``.
+            model: a folder, or ``owner/name[/folder][@revision]``.
             revision: the branch, tag or commit.
             token: Hub token; the one stored on this machine otherwise.
 

@@ -35,7 +35,7 @@ def convert(model: str | Path, token: str | bool | None = None) -> Path:
     revision names now: who opens it on this machine by its id finds them.
 
     Args:
-        model: a folder, or ``owner/name[@revision]``.
+        model: a folder, or ``owner/name[/folder][@revision]``.
         token: Hub token; the one stored on this machine otherwise.
 
     Returns:

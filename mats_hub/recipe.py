@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from mats_hub.errors import RecipeError, unknown
 from mats_hub.initialization_options import (
@@ -33,6 +33,10 @@ ParameterKind = Literal["linear", "convolution", "experts", "embedding", "norm",
 PARAMETERS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 """What is done with a parameter: it multiplies rows, patches or the rows routed to each of several experts; it is looked up;
 it scales features; it is added."""
+
+
+Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A Hub id, or a path on this machine."""
 
 
 class Curvature(Part):
@@ -80,12 +84,14 @@ class Solver(Part):
 class ExpertEntry(Part):
     """One expert of a recipe."""
 
-    model: str = Field(description="Hub id 'owner/name[@revision]' or a folder")
+    model: Place = Field(description="Hub id 'owner/name[/folder][@revision]' or a folder")
     name: str | None = Field(
         None, pattern=NAME_PATTERN, description="what its task is called; the id's last part otherwise"
     )
     weight: Positive = Field(1.0, description="how much it counts")
-    statistics: str | None = Field(None, description="file with its statistics; looked for beside the expert otherwise")
+    statistics: Place | None = Field(
+        None, description="file with its statistics; looked for beside the expert otherwise"
+    )
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given"
     )
@@ -116,7 +122,7 @@ class Recipe(Part):
         "auto",
         description="the named method; auto takes what fits the statistics, experts and base there are, and says what and why",
     )
-    base: str | None = Field(None, description="the pretrained model; an adapter's own base when not given")
+    base: Place | None = Field(None, description="the pretrained model; an adapter's own base when not given")
     experts: tuple[ExpertEntry, ...] = Field(min_length=1)
     initialization: Initialization = Field(default_factory=Average)
     curvature: Curvature | None = None
@@ -135,7 +141,7 @@ class Recipe(Part):
         description="where experts have other rows in their vocabulary: error, base (the base's embeddings are kept), or common "
         "(the rows that all have are merged, the rest is the base's)",
     )
-    tokenizer: str | None = Field(
+    tokenizer: Place | None = Field(
         None, description="model the tokenizer and processor files come from; the base otherwise"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")

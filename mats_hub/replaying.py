@@ -69,7 +69,7 @@ def replay(
     On the same class of device and with the same versions the weights are the same to the last byte.
 
     Args:
-        model: the merge: a Hub id ``owner/name[@revision]`` or a folder.
+        model: the merge: a Hub id ``owner/name[/folder][@revision]`` or a folder.
         output: the folder to write; a temporary one otherwise.
         changes: options that differ (as of `Recipe.build`), for a variant; its card names the merge it is a variant of.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.

@@ -20,6 +20,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 """Of these one says where the weights are."""
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
+SUBFOLDER = re.compile(r"^(?:/\w[\w.=+-]*)*$")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Source:
         repo_id: the Hub id, or None for a local folder.
         commit: the Hub commit it is pinned to, or None for a local folder.
         folder: the folder the files are in, or None when they are fetched from the Hub one by one.
+        subfolder: the folder of the repository that the model is in; empty where it is the repository.
         sizes: file names (POSIX, relative) and their sizes in bytes.
         digests: sha256 of the files the Hub knows it for.
         card: the front matter the Hub holds for it (empty for a local folder: read from README.md instead).
@@ -45,20 +47,38 @@ class Source:
     folder: Path | None
     sizes: dict[str, int]
     digests: dict[str, str]
+    subfolder: str = ""
     token: str | bool | None = None
     streamed: bool = False
 
     @property
     def name(self) -> str:
         """The last part of the id or folder: what a task is called unless the user says otherwise."""
-        if self.repo_id:
-            return self.repo_id.rsplit("/", 1)[-1]
+        if self.hub_id:
+            return self.hub_id.rsplit("/", 1)[-1]
         return self.folder.resolve().name if self.folder else self.spec
+
+    @property
+    def hub_id(self) -> str | None:
+        """``owner/name`` or ``owner/name/folder``; None for a folder on this machine."""
+        return "/".join(filter(None, (self.repo_id, self.subfolder))) if self.repo_id else None
 
     @property
     def public_spec(self) -> str:
         """The name that may be published: ``owner/name@commit``, or a folder's last part, never a path."""
-        return f"{self.repo_id}@{self.commit}" if self.repo_id else self.name
+        return f"{self.hub_id}@{self.commit}" if self.repo_id else self.name
+
+    @property
+    def for_transformers(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that say where the files are."""
+        if self.folder is not None:
+            return {"pretrained_model_name_or_path": self.folder}
+        place = {"pretrained_model_name_or_path": self.repo_id, "subfolder": self.subfolder}
+        return {**place, "revision": self.commit, "token": self.token}
+
+    def in_repository(self, filename: str) -> str:
+        """Return what one of the files is called in the repository."""
+        return f"{self.subfolder}/{filename}" if self.subfolder else filename
 
     def path(self, filename: str) -> Path:
         """Return the local path of a file, fetching it into the Hub's cache when it is not there.
@@ -74,11 +94,12 @@ class Source:
         from huggingface_hub import hf_hub_download
 
         assert self.repo_id is not None
+        there = self.in_repository(filename)
         for _ in range(TRIES):
             fresh = filename in self.digests and not self.is_cached(filename)
             with hub_errors(self.spec):
                 fetched = persistently(
-                    partial(hf_hub_download, self.repo_id, filename, revision=self.commit, token=self.token)
+                    partial(hf_hub_download, self.repo_id, there, revision=self.commit, token=self.token)
                 )
             path = Path(fetched)
             if not fresh or file_sha256(path) == self.digests[filename]:  # the client checks only the length
@@ -113,7 +134,8 @@ class Source:
         try:
             with hub_errors(self.spec):
                 parse = hub_api(self.token).parse_safetensors_file_metadata
-                parsed = persistently(partial(parse, self.repo_id or "", filename, revision=self.commit))
+                there = self.in_repository(filename)
+                parsed = persistently(partial(parse, self.repo_id or "", there, revision=self.commit))
         except (SafetensorsParsingError, NotASafetensorsRepoError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.spec!r}: {filename} is not a safetensors file ({error})") from None
         raw = {
@@ -139,7 +161,8 @@ class Source:
         assert self.repo_id is not None
         headers = build_hf_headers(token=self.token, library_name="mats_hub", library_version=__version__)
         headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        url, timeout = hf_hub_url(self.repo_id, filename, revision=self.commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        url = hf_hub_url(self.repo_id, self.in_repository(filename), revision=self.commit)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
             hf_raise_for_status(response)
             if response.status_code != 206:
@@ -157,7 +180,7 @@ class Source:
         """Tell whether a file of a Hub repository is in this machine's cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo_id or "", filename, revision=self.commit)
+        found = try_to_load_from_cache(self.repo_id or "", self.in_repository(filename), revision=self.commit)
         return isinstance(found, str)
 
     @cached_property
@@ -208,6 +231,11 @@ class Source:
                 f"{self.spec}' reads tensors of it and nothing else, once; or name a revision that has safetensors, if there is "
                 "one (such as OWNER/NAME@refs/pr/1), or store it again with model.save_pretrained(folder)"
             )
+        inside = sorted(
+            {folder for folder, _, name in (path.rpartition("/") for path in self.sizes) if name in WEIGHTS}
+        )
+        if inside and self.hub_id:
+            raise CheckpointError(f"{self.spec!r} has models in its folders; name one: {self.hub_id}/{inside[0]}")
         held = ", ".join(sorted(self.sizes)[:10]) or "nothing"
         raise CheckpointError(f"{self.spec!r} has no {filename}; it holds: {held}")
 
@@ -240,7 +268,7 @@ class Source:
 
 
 def open_source(spec: str | Path, token: str | bool | None = None, streamed: bool = False) -> Source:
-    """Open a local folder, or a Hub model ``owner/name[@revision]`` pinned to the commit its revision names now.
+    """Open a local folder, or a Hub model ``owner/name[/folder][@revision]`` pinned to the commit its revision names now.
 
     Args:
         spec: the folder, or the Hub id.
@@ -255,40 +283,52 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
     folder = Path(text).expanduser()
     if folder.is_dir():
         return _folder_source(text, folder)
-    repo_id, _, revision = text.partition("@")
-    if not HUB_ID.match(repo_id) or ".." in text or folder.exists():
+    if not is_hub_id(text.partition("@")[0]) or ".." in text or folder.exists():
         raise SourceError(
-            f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name' or 'owner/name@revision'"
+            f"{text!r} is neither a folder on this machine nor a Hub id like 'owner/name', 'owner/name@revision' or "
+            "'owner/name/folder'"
         )
-    source = _hub_source(text, repo_id, revision or None, token)
+    source = _hub_source(text, token)
     if not any(name in source.sizes for name in WEIGHTS):
         converted = converted_folder(source)
         if any((converted / name).is_file() for name in WEIGHTS):
-            source = _folder_source(text, converted, repo_id=source.repo_id, commit=source.commit, token=token)
+            source = _folder_source(text, converted, source)
     return replace(source, streamed=streamed)
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be that of a model on the Hub: of a repository, or of a folder in one."""
+    parts = name.split("/")
+    inside = "".join(f"/{part}" for part in parts[2:])
+    return bool(HUB_ID.match("/".join(parts[:2])) and SUBFOLDER.match(inside))
 
 
 def converted_folder(source: Source) -> Path:
     """Return where this machine keeps safetensors of a commit that has pickles only, once they are made (`mats_hub.convert`)."""
     from huggingface_hub import constants
 
-    name = f"{source.repo_id}@{source.commit}".replace("/", "--")
+    name = f"{source.hub_id}@{source.commit}".replace("/", "--")
     return Path(constants.HF_ASSETS_CACHE, "mats_hub", "converted", name)
 
 
-def _folder_source(spec: str, folder: Path, **pinned: Any) -> Source:
+def _folder_source(spec: str, folder: Path, of: Source | None = None) -> Source:
+    """Return what is in a folder, which may be what there is on this machine of a model on the Hub."""
     sizes = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    return Source(spec, pinned.get("repo_id"), pinned.get("commit"), folder, sizes, {}, pinned.get("token"))
+    here = of or Source(spec, None, None, None, {}, {})
+    return replace(here, folder=folder, sizes=sizes, digests={})
 
 
-def _hub_source(spec: str, repo_id: str, revision: str | None, token: str | bool | None) -> Source:
+def _hub_source(spec: str, token: str | bool | None) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    path, _, at = spec.partition("@")
+    parts, revision = path.split("/"), at or None
+    repo_id, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         with hub_errors(spec):
             info = hub_api(token).model_info(repo_id, revision=revision, files_metadata=True)
@@ -299,11 +339,16 @@ def _hub_source(spec: str, repo_id: str, revision: str | None, token: str | bool
             folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             raise error from None
-        return _folder_source(spec, folder, repo_id=repo_id, commit=folder.name, token=token)
-    siblings = info.siblings or []
-    sizes = {file.rfilename: file.size or 0 for file in siblings}
-    digests = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
-    return Source(spec, info.id, info.sha, None, sizes, digests, token)
+        offline = Source(spec, repo_id, folder.name, folder, {}, {}, subfolder, token)
+        return _folder_source(spec, folder / subfolder, offline)
+    start = f"{subfolder}/" if subfolder else ""
+    files = {f.rfilename.removeprefix(start): f for f in info.siblings or () if f.rfilename.startswith(start)}
+    if subfolder and not files:
+        folders = sorted({f.rfilename.rpartition("/")[0] for f in info.siblings or ()} - {""})
+        raise SourceError(f"{spec!r}: there is no such folder in {info.id!r}; it has: {', '.join(folders) or 'none'}")
+    sizes = {name: file.size or 0 for name, file in files.items()}
+    digests = {name: file.lfs.sha256 for name, file in files.items() if file.lfs is not None}
+    return Source(spec, info.id, info.sha, None, sizes, digests, subfolder, token)
 
 
 def file_sha256(path: Path) -> str:

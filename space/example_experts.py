@@ -14,7 +14,8 @@ from typing import Any
 import mats_hub
 from mats_hub import MergedModel, Recipe, demo
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
+REPOSITORY = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+HUB_ID = re.compile(rf"{REPOSITORY}(/\w[\w.=+-]*){{0,8}}(@[\w./-]{{1,100}})?")
 EXAMPLE = "example/"
 """What the ids of the example's experts begin with; they are trained here, not fetched."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import re
 import time
 import typing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from example_experts import EXAMPLE, HUB_ID, Example, check_ids
+from example_experts import EXAMPLE, HUB_ID, REPOSITORY, Example, check_ids
 from lineage_graph import lineage_svg
 from merge_jobs import Job, Jobs, what_does_not_fit
 from presets import PRESETS, TITLES
@@ -340,7 +341,7 @@ def publish(
         raise gr.Error("There is nothing to publish: merge something first. Merges are kept for an hour.")
     if profile is None and (ON_A_SPACE or token is None):
         raise gr.Error("Sign in with Hugging Face first.")
-    if not HUB_ID.fullmatch(repo_id.strip()) or "@" in repo_id:
+    if not re.fullmatch(REPOSITORY, repo_id.strip()):
         raise gr.Error(f"{repo_id[:80]!r} is no name for a repository; write owner/name.")
     (merged.folder / "README.md").write_text(card, encoding="utf-8")
     try:

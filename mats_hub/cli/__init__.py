@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="make safetensors of a model that has pickles only (pytorch_model.bin), running no code of theirs",
     )
-    convert.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
+    convert.add_argument("model", help="Hub id 'owner/name[/folder][@revision]' or a folder")
     convert.set_defaults(run=_convert)
     page = commands.add_parser("ui", help="open the page in which all this is done by clicking, on this machine")
     page.add_argument("--port", type=int, help="where to serve it; the first free one from 7860 on otherwise")

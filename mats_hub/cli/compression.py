@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     compress.set_defaults(run=_compress)
 
     extract = commands.add_parser("extract", help="write one of several compressed experts as an ordinary checkpoint")
-    extract.add_argument("model", help="the compressed experts: Hub id 'owner/name[@revision]' or a folder")
+    extract.add_argument("model", help="the compressed experts: Hub id 'owner/name[/folder][@revision]' or a folder")
     extract.add_argument("--task", required=True, help="whose expert")
     extract.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
     extract.add_argument("--base", help="the base, when it is not the one that is named")

@@ -24,7 +24,7 @@ DATA_OPTIONS: dict[str, str] = {
 def add_commands(commands: Any) -> None:
     """Add the commands `statistics`, `statistics-info` and `statistics-push`."""
     statistics = commands.add_parser("statistics", help="measure an expert's statistics on its task's data")
-    statistics.add_argument("model", help="Hub id 'owner/name[@revision]' or a folder")
+    statistics.add_argument("model", help="Hub id 'owner/name[/folder][@revision]' or a folder")
     statistics.add_argument(
         "--kind",
         action="append",

@@ -238,10 +238,7 @@ def _load_processor(files: Sequence[Source], auto_class: str, *names: str, **opt
 
     for source in files:
         if any(name in source.sizes for name in names):
-            where = {} if source.folder else {"revision": source.commit, "token": source.token}
-            return getattr(transformers, auto_class).from_pretrained(
-                source.folder or source.repo_id, **where, **options
-            )
+            return getattr(transformers, auto_class).from_pretrained(**source.for_transformers, **options)
     raise StatisticsError(
         f"none of {', '.join(repr(source.spec) for source in files)} has a {names[0]}; push it beside the model"
     )
