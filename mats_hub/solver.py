@@ -132,9 +132,12 @@ def conjugate_gradients(
     iterating, converged, fixed_point, rounded, not_finite, negative = range(6)
     state = torch.where(solved, fixed_point, iterating)
     r = r / torch.where(start > 0, start, 1).to(r.dtype)
-    left = _norms(r, dims)
-    p = y = preconditioner(r) if preconditioner else r
-    ry = _dots(r, y, dims) if preconditioner else left**2
+
+    def measured(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, size = preconditioner(r) if preconditioner else r, _norms(r, dims)
+        return y, size, _dots(r, y, dims) if preconditioner else size**2
+
+    p, left, ry = measured(r)
     steps, largest, travelled, least = torch.zeros_like(state), *(torch.zeros_like(ry) for _ in range(3))
     # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
     rounding, narrow = 4 * system.eps, system.accuracy > NARROW
@@ -160,13 +163,12 @@ def conjugate_gradients(
         r = torch.addcmul(r, alpha.to(r.dtype), Ap, value=-1)
         steps += active
         travelled = travelled + alpha * size.sqrt()
-        left = _norms(r, dims)
+        previous = ry
+        y, left, ry = measured(r)
         history.append(left * start / reference)
         state = torch.where(active & (history[-1] < tolerance), converged, state)
         if step in iterates:
             kept[step] = x.clone()
-        y = preconditioner(r) if preconditioner else r
-        ry, previous = _dots(r, y, dims) if preconditioner else left**2, ry
         p = torch.addcmul(y, torch.where(state == iterating, ry / previous, 0).to(p.dtype), p)
     final = _norms(system.residual(x), dims) / reference
     residuals = torch.stack(history).flatten(1).T.tolist()

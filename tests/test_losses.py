@@ -185,14 +185,44 @@ def test_of_a_conversation_only_the_assistants_tokens_count(chat):
     assert statistics.provenance.columns == {"messages": "messages"}
 
 
-def test_a_template_that_changes_earlier_turns_is_refused(chat, tmp_path):
+THOUGHTS = {
+    # As in Qwen3: the last answer has a thought, an empty one where none is stored, and earlier ones have none.
+    "left out of earlier answers": (
+        "{% for m in messages %}{{ '[CLS] ' if m['role'] == 'user' else '<s> ' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}so then {% endif %}{{ m['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<s> {% endif %}",
+        ["so then we liked the plot </s>"],
+    ),
+    # As in DeepSeek-R1: what asks for an answer opens a thought, which stored answers do not have.
+    "opened by the prompt": (TEMPLATE.replace("<s> {% endif", "<s> so {% endif"), [
+        "it was dull </s>", "we liked the plot </s>"
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thoughts", THOUGHTS)
+def test_an_answer_counts_as_the_template_has_it_in_the_end(chat, thoughts):
+    _, data = task_of(chat, {"messages": [turns("the film was good", "it was dull", "so", "we liked the plot")]})
+    data.tokenizer.chat_template, answers = THOUGHTS[thoughts]
+    batch = next(data.batches(1))
+    counted = batch["labels"] != IGNORED
+    assert data.tokenizer.decode(batch["labels"][counted]).split() == " ".join(answers).split()
+    assert batch["input_ids"][counted].equal(batch["labels"][counted])
+    whole = data.tokenizer.apply_chat_template(data.dataset[0]["messages"], return_dict=False)
+    assert batch["input_ids"][0].tolist() == whole
+
+
+def test_a_conversation_that_does_not_fit_its_template_is_refused(chat, tmp_path):
     models.tiny_llama(tmp_path)
     _, data = task_of(tmp_path, {"messages": [turns("so", "we liked it")]})
     with pytest.raises(StatisticsError, match="no chat template"):
         next(data.batches(1))
     _, data = task_of(chat, {"messages": [turns("so", "we liked it", "then", "it was good")]})
     data.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(StatisticsError, match="changes earlier turns"):
+    with pytest.raises(StatisticsError, match="changes what was asked"):
+        next(data.batches(1))
+    data.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(StatisticsError, match="conversation of user: roles must alternate; leave"):
         next(data.batches(1))
 
 

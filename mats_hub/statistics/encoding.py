@@ -37,9 +37,7 @@ def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
-    ids, labels = _turns(data, _conversation(data, row))
-    cut = slice(0, data.max_length)
-    return {"input_ids": ids[cut], "attention_mask": [1] * len(ids[cut]), "labels": labels[cut]}
+    return {name: values[: data.max_length] for name, values in _answers(data, _conversation(data, row)).items()}
 
 
 def _conversation(data: TaskData, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,23 +54,36 @@ def _conversation(data: TaskData, row: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _turns(data: TaskData, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Return a conversation's tokens up to the assistant's last, and those that it says as labels."""
-    ids: list[int] = []
+def _answers(data: TaskData, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the features of a conversation up to the assistant's last answer, and as labels the tokens that it says.
+
+    An answer begins where the conversation that has it departs from the one that asks for it: a prompt may open a thought that
+    a stored answer does not have. Answers that the template writes otherwise once there are later ones (thoughts that it
+    leaves out) are no longer what the assistant said, and have no labels.
+    """
+    features: dict[str, Any] = {"input_ids": []}
     labels: list[int] = []
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = data.templated(messages[:position], add_generation_prompt=True)
-        turn = data.templated(messages[: position + 1])
-        if turn[: len(prompt)] != prompt or prompt[: len(ids)] != ids:
-            raise StatisticsError(
-                "the tokenizer's chat template changes earlier turns when one is added, so that the assistant's tokens cannot be "
-                "told from the others; give the data as plain text, or conversations of one answer each"
-            )
-        labels += [IGNORED] * (len(prompt) - len(ids)) + turn[len(prompt) :]
-        ids = turn
-    return ids, labels
+        before, prompt = features["input_ids"], data.templated(messages[:position], add_generation_prompt=True)
+        features = data.templated(messages[: position + 1])
+        begin = _shared(prompt["input_ids"], features["input_ids"])
+        if begin < len(prompt["input_ids"]):
+            asked = data.templated(messages[:position])["input_ids"]
+            if begin < len(asked):
+                raise StatisticsError(
+                    "the chat template changes what was asked when an answer is added, so that the assistant's tokens cannot be "
+                    "told from the others; give the data as plain text"
+                )
+        kept = labels if len(before) == _shared(before, features["input_ids"][:begin]) else []
+        labels = kept + [IGNORED] * (begin - len(kept)) + features["input_ids"][begin:]
+    return {**features, "attention_mask": [1] * len(labels), "labels": labels}
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two texts begin with in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
@@ -87,12 +98,7 @@ def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
         asked = " ".join(row[column] for column in columns.text)
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[columns.target or ""]}]
     images = row[columns.image or ""] or []
-    messages = _with_images(messages, images if isinstance(images, list) else [images])
-    ids, labels = _turns(data, messages)
-    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-    given = data.features_of_chat(messages[: last + 1]) if ids else {}
-    found = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-    return found | {name: value for name, value in given.items() if name not in found}
+    return _answers(data, _with_images(messages, images if isinstance(images, list) else [images]))
 
 
 def _with_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:

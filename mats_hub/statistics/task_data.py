@@ -183,20 +183,24 @@ class TaskData:
                 batch[key] = torch.tensor(values)
         return batch
 
-    def templated(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        """Return the tokens of a conversation in the chat template of the tokenizer, or of the processor of its images."""
-        if self.processor is not None:
-            return self.features_of_chat(messages, **options)["input_ids"][0].tolist()
-        if not self.tokenizer.chat_template:
-            raise StatisticsError("the tokenizer has no chat template; give the data as plain text (--text)")
-        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+    def templated(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Return a conversation in the chat template of the tokenizer, or of the processor of its images.
 
-    def features_of_chat(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """Return a model's inputs of a conversation with images, as a batch of one."""
-        if not self.processor.chat_template:
-            raise StatisticsError("the processor has no chat template; add one, or give texts without images (--text)")
+        Its tokens are a list; what the processor makes besides is a batch of one.
+        """
+        reader, name = (self.processor, "processor") if self.task.batched else (self.tokenizer, "tokenizer")
+        if not reader.chat_template:
+            raise StatisticsError(f"the {name} has no chat template; give the data as plain text (--text)")
         how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return dict(self.processor.apply_chat_template(messages, **how, **options))
+        try:
+            found = dict(reader.apply_chat_template(messages, **how, **options))
+        except Exception as error:  # a template is a program, which raises what it likes
+            raise StatisticsError(
+                f"the {name}'s chat template does not take a conversation of {', '.join(m['role'] for m in messages)}: "
+                f"{error}; leave such conversations out"
+            ) from error
+        ids = found.pop("input_ids")[0].tolist()
+        return {"input_ids": ids, **found} if self.task.batched else {"input_ids": ids}
 
     def masks(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
