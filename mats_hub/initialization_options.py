@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,14 @@ class Part(BaseModel):
 
 
 class Start(Part):
-    """Any initialization's options."""
+    """Any initialization's options.
+
+    Attributes:
+        signed: whether it adds up task vectors, so that one of a negative weight is taken away.
+
+    """
+
+    signed: ClassVar[bool] = False
 
     @property
     def global_density(self) -> float | None:
@@ -41,6 +48,7 @@ class Average(Start):
 class TaskArithmetic(Start):
     """The base plus a scaled sum of task vectors."""
 
+    signed = True
     method: Literal["task_arithmetic"] = "task_arithmetic"
     scale: Finite = Field(0.3, description="factor of the sum of task vectors")
 
@@ -48,6 +56,7 @@ class TaskArithmetic(Start):
 class Ties(Start):
     """Trim, elect sign, disjoint mean."""
 
+    signed = True
     method: Literal["ties"] = "ties"
     scale: Finite = Field(1.0, description=SCALE)
     density: Density = Field(0.2, description=DENSITY)
@@ -63,6 +72,7 @@ class Ties(Start):
 class Dare(Start):
     """Drop entries at random, rescale the rest, sum."""
 
+    signed = True
     method: Literal["dare"] = "dare"
     scale: Finite = Field(0.3, description="factor of the sum of task vectors")
     density: Density = Field(0.5, description=DENSITY)
@@ -71,6 +81,7 @@ class Dare(Start):
 class DareTies(Start):
     """Drop entries at random, rescale the rest, elect sign, fuse."""
 
+    signed = True
     method: Literal["dare_ties"] = "dare_ties"
     scale: Finite = Field(0.5, description=SCALE)
     density: Density = Field(0.5, description=DENSITY)
@@ -80,6 +91,7 @@ class DareTies(Start):
 class Della(Start):
     """Drop small entries with a higher probability than large ones, rescale, elect sign, fuse."""
 
+    signed = True
     method: Literal["della"] = "della"
     scale: Finite = Field(0.5, description=SCALE)
     density: Density = Field(0.5, description=DENSITY)
@@ -90,6 +102,7 @@ class Della(Start):
 class Breadcrumbs(Start):
     """Leave out the largest and the smallest entries of each tensor, sum."""
 
+    signed = True
     method: Literal["breadcrumbs"] = "breadcrumbs"
     scale: Finite = Field(0.3, description="factor of the sum of task vectors")
     density: Density = Field(0.9, description=DENSITY)

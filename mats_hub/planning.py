@@ -21,7 +21,7 @@ from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
 from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
-from mats_hub.initialization_options import Consensus, Slerp
+from mats_hub.initialization_options import INITIALIZATION_OPTIONS, Consensus, Slerp
 from mats_hub.lora import LoraAdapter
 from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
@@ -166,6 +166,16 @@ def _check_method(plan: Plan) -> None:
             RecipeError(
                 f"{start.method} works on task vectors, which need the base the experts were fine-tuned from; "
                 "name it with 'base' (--base), or use average, fisher, regmean or mats from average"
+            )
+        )
+    below = next((expert for expert in plan.experts if expert.weight < 0), None)
+    extrapolates = start.method == "average" and sum(expert.weight for expert in plan.experts) > 0
+    if below and (recipe.curvature or not (start.signed or extrapolates)):
+        signed = ", ".join(name for name, options in INITIALIZATION_OPTIONS.items() if options.signed)
+        plan.problems.append(
+            RecipeError(
+                f"expert {below.name!r} has weight {below.weight:g}, but method {recipe.method!r} takes no task away. Those that "
+                f"add up task vectors do ({signed}), and average where the weights have a sum above 0"
             )
         )
     if recipe.curvature and recipe.solver and recipe.solver.method == "exact":

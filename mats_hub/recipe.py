@@ -17,10 +17,10 @@ from mats_hub.errors import RecipeError, unknown
 from mats_hub.initialization_options import (
     INITIALIZATION_OPTIONS,
     Average,
+    Finite,
     Initialization,
     NonNegative,
     Part,
-    Positive,
 )
 from mats_hub.methods import AUTO, DEFAULTS, IMPLIED_BY_CURVATURE, METHODS
 
@@ -88,13 +88,20 @@ class ExpertEntry(Part):
     name: str | None = Field(
         None, pattern=NAME_PATTERN, description="what its task is called; the id's last part otherwise"
     )
-    weight: Positive = Field(1.0, description="how much it counts")
+    weight: Finite = Field(1.0, description="how much it counts; below 0 takes its task vector away")
     statistics: Place | None = Field(
         None, description="file with its statistics; looked for beside the expert otherwise"
     )
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given"
     )
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        if not weight:
+            raise ValueError("an expert of weight 0 counts for nothing; leave it out")
+        return weight
 
 
 class Output(Part):

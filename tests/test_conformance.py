@@ -691,6 +691,14 @@ def test_identical_experts_come_back(name):
             close(initialize([delta] * count, weights, Context("key", NAMES[:count]), **KEEPING[name]), delta, 1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name, options in INITIALIZATION_OPTIONS.items() if options.signed])
+def test_of_a_negative_weight_the_opposite_task_vector_is_added(name):
+    initialize, deltas, context = INITIALIZATIONS[name], deltas_of((6, 9)), Context("key", NAMES)
+    opposite = [deltas[0], -deltas[1], deltas[2]]
+    expected = initialize([delta.clone() for delta in opposite], WEIGHTS, context)
+    close(initialize(deltas, [WEIGHTS[0], -WEIGHTS[1], WEIGHTS[2]], context), expected, 1e-12)
+
+
 def test_the_two_tables_of_initializations_agree():
     assert INITIALIZATIONS.keys() == INITIALIZATION_OPTIONS.keys()
     for name, function in INITIALIZATIONS.items():

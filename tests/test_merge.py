@@ -196,6 +196,24 @@ def test_weights_and_their_order_do_not_matter_beyond_their_values(family):
         torch.testing.assert_close(other[key], value, rtol=RTOL, atol=1e-6)
 
 
+def test_a_task_is_taken_away(family):
+    base, experts = base_and_experts(family)
+    entries = [{"model": family.experts[0], "weight": 1.5}, {"model": family.experts[1], "weight": -0.5}]
+    options = {"base": family.base, "scale": 1.0}
+    forgets = weights(mats_hub.merge(entries, method="task_arithmetic", **options))
+    extrapolated = weights(mats_hub.merge(entries, method="average", base=family.base))
+    for key, value in base.items():
+        first, second = (expert[f"bert.{key}"] for expert in experts[:2])
+        expected = value + 1.5 * (first - value) - 0.5 * (second - value)
+        torch.testing.assert_close(forgets[key], expected, rtol=RTOL, atol=1e-6)
+        torch.testing.assert_close(extrapolated[key], expected, rtol=RTOL, atol=1e-6)
+    entries[1]["weight"] = -1.5
+    for method in ("average", "slerp", "consensus", "wudi", "regmean"):
+        said = problem(entries, method=method, base=family.base)
+        assert f"has weight -1.5, but method '{method}' takes no task away" in said
+    assert "an expert of weight 0 counts for nothing" in problem([{"model": "a", "weight": 0}], method="ties")
+
+
 def test_patterns_leave_out_and_keep(family):
     merged = mats_hub.merge(
         family.experts, base=family.base, method="average", exclude=["embeddings.*"], keep_per_task=["pooler.*"]
