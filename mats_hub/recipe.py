@@ -96,6 +96,11 @@ class ExpertEntry(Part):
         None, pattern=r"^[0-9a-f]{64}$", description="fingerprint of its weights, checked when given"
     )
 
+    @property
+    def task(self) -> str:
+        """What its task is called, as far as that is known before it is opened."""
+        return self.name or Path(self.model.partition("@")[0]).name
+
     @field_validator("weight")
     @classmethod
     def _counts(cls, weight: float) -> float:
@@ -214,6 +219,8 @@ class Recipe(Part):
     def changed(self, **options: Any) -> Recipe:
         """Return the recipe with other options, named as for `build`; what another method implies is filled in anew.
 
+        ``weight.NAME`` is the weight of the expert of that name.
+
         Raises:
             RecipeError: an option is unknown or has a value it cannot have.
 
@@ -225,6 +232,12 @@ class Recipe(Part):
             if isinstance(options.get(part), str) and options[part] != content.get(part, {}).get(key):
                 content.pop(part, None)
         experts = content.pop("experts")
+        named = dict(zip((entry.task for entry in self.experts), experts, strict=True))
+        for name in [name for name in options if name.startswith(WEIGHT_OF)]:
+            expert = name.removeprefix(WEIGHT_OF)
+            if expert not in named:
+                raise RecipeError(f"{name}: {unknown('expert', expert, named)}")
+            named[expert]["weight"] = options.pop(name)
         flat = {name: value for name, value in content.items() if name not in (*PARTS_OF_METHOD, "output")}
         for part in (*PARTS_OF_METHOD, "output"):
             values = dict(content.get(part, {}))
@@ -296,6 +309,9 @@ class Recipe(Part):
         content = self.model_dump(exclude={"initialization", "curvature", "solver"})
         return self.from_mapping({**content, **row.settings}), row.because
 
+
+WEIGHT_OF = "weight."
+"""What the option begins with that is an expert's weight."""
 
 PARTS_OF_METHOD = {"initialization": "method", "curvature": "kind", "solver": "method"}
 """Part of a recipe that a method implies → the field that names its kind."""

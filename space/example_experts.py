@@ -99,7 +99,7 @@ def check_ids(recipe: Recipe, example: Example) -> Recipe:
         entry.model_copy(
             update={
                 "model": checked(entry.model, "the expert"),
-                "name": entry.name or entry.model.partition("@")[0].rsplit("/", 1)[-1],
+                "name": entry.task,
                 "statistics": checked(entry.statistics, "the statistics"),
             }
         )

@@ -96,6 +96,15 @@ def test_tune_scores_every_setting_on_validation_data_alone(local, tasks, tmp_pa
     assert again.report.recipe["initialization"]["scale"] == choice.best.recipe.initialization.scale
     alpha = mats_hub.evaluate(again.folder, task="alpha", dataset=str(local.data("alpha")))
     assert choice.best.scores["alpha"] == alpha
+    weighed = tune(recipe(local, method="ties"), tasks, grid={"weight.beta": [0.5, 3]}).candidates
+    assert [[e.weight for e in c.recipe.experts] for c in weighed] == [[1, 0.5, 1], [1, 3, 1]]
+    own = [{"model": model, "weight": 3 if model.endswith("beta") else 1} for model in local.experts]
+    merged = mats_hub.merge(own, base=local.base, method="ties")
+    assert weighed[1].scores["alpha"] == mats_hub.evaluate(
+        merged.folder, task="alpha", dataset=str(local.data("alpha"))
+    )
+    with pytest.raises(RecipeError, match=r"weight\.bta: unknown expert 'bta'. Did you mean 'beta'"):
+        tune(recipe(local, method="ties"), tasks, grid={"weight.bta": [1]})
     content = json.loads((tmp_path / "tuned/scores.json").read_text())
     assert [row["label"] for row in content["candidates"]] == [c.label for c in choice.candidates]
     assert (tmp_path / "tuned/scores.png").stat().st_size > 5000
@@ -149,9 +158,9 @@ def test_every_method_has_a_grid_or_nothing_to_choose():
 def test_the_commands(local, tasks, tmp_path, capsys):
     flags = [*local.experts, "--base", local.base, "--tasks", str(tasks)]
     tuning = ["--method", "task_arithmetic", "--grid", "scale=0.1,0.4", "--output", str(tmp_path / "tuned")]
-    assert main(["tune", *flags, *tuning]) == 0
+    assert main(["tune", *flags, *tuning, "--grid", "weight.alpha=1,2"]) == 0
     out = capsys.readouterr().out
-    assert "scale 0.4" in out
+    assert "scale 0.4, weight.alpha 2" in out
     assert "best on validation data: scale" in out
     assert main(["merge", str(tmp_path / "tuned/best.yaml"), "--output", str(tmp_path / "again")]) == 0
     capsys.readouterr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mats_hub.cli.recipes import STREAM, check_can_push
+from mats_hub.cli.recipes import STREAM, check_can_push, option_name
 from mats_hub.progress import progress_bar
 
 
@@ -84,7 +84,7 @@ def _replay(
         name, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--change {pair!r}: write NAME=VALUE, such as --change scale=0.4")
-        changes[name.replace("-", "_")] = yaml.safe_load(value)
+        changes[option_name(name)] = yaml.safe_load(value)
     made = replay(model, output=output, changes=changes or None, device=device, stream=stream, progress=progress_bar)
     if not changes:
         print(made)

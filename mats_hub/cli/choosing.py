@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mats_hub.cli.recipes import add_recipe_flags, read_recipe
+from mats_hub.cli.recipes import add_recipe_flags, option_name, read_recipe
 from mats_hub.progress import progress_bar
 
 TASKS = "file of tasks: name → dataset, validation and test part, metric (see the README)"
@@ -28,7 +28,12 @@ def add_commands(commands: Any) -> None:
     )
     add_recipe_flags(tune)
     tune.add_argument("--tasks", required=True, help=TASKS)
-    tune.add_argument("--grid", action="append", metavar="NAME=V1,V2,…", help="values to try; a usual grid otherwise")
+    tune.add_argument(
+        "--grid",
+        action="append",
+        metavar="NAME=V1,V2,…",
+        help="values to try, of weight.EXPERT, too; a usual grid otherwise",
+    )
     tune.add_argument(
         "--for", dest="only", nargs="+", default=(), metavar="TASK", help="tasks that count; all otherwise"
     )
@@ -102,7 +107,7 @@ def _grid(pairs: list[str] | None) -> dict[str, list[Any]] | None:
         name, equals, values = pair.partition("=")
         if not equals or not values:
             raise RecipeError(f"--grid {pair!r}: write NAME=V1,V2,…, such as --grid scale=0.3,0.5")
-        grid[name.replace("-", "_")] = [yaml.safe_load(value) for value in values.split(",")]
+        grid[option_name(name)] = [yaml.safe_load(value) for value in values.split(",")]
     return grid or None
 
 

@@ -176,6 +176,12 @@ def _merge_as_job(recipe: Recipe, target: str, flavor: str, package: str | None,
         print(line, flush=True)
 
 
+def option_name(flag: str) -> str:
+    """Return an option as recipes call it; the name of an expert in it stays as it is."""
+    option, dot, expert = flag.partition(".")
+    return option.replace("-", "_") + dot + expert
+
+
 def check_can_push(repo_id: str) -> None:
     """Refuse a repository that this machine's token may not write to, before any work is done for it."""
     from mats_hub.hub import check_can_push
