@@ -23,7 +23,7 @@ import mats_hub
 from mats_hub import MatsError, Recipe
 from mats_hub.browsing import read_card, read_recipe
 from mats_hub.jobs import hardware
-from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, Solver
+from mats_hub.recipe import INITIALIZATION_OPTIONS, PARTS, Curvature, ExpertEntry, Solver
 
 ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
 
@@ -107,6 +107,7 @@ def schema_fields() -> dict[str, dict[str, Any]]:
     for options in INITIALIZATION_OPTIONS.values():
         starts |= {name: field for name, field in options.model_fields.items() if name != "method"}
     return {
+        "experts": {"weight": ExpertEntry.model_fields["weight"]},
         "initialization": starts,
         "curvature": {name: field for name, field in Curvature.model_fields.items() if name != "kind"},
         "solver": {name: field for name, field in Solver.model_fields.items() if name != "method"},
@@ -120,6 +121,7 @@ def component(name: str, field: Any) -> Any:
     choices = [str(value) for value in typing.get_args(field.annotation) if isinstance(value, str)]
     if choices:
         return gr.Dropdown(["", *choices], value="", label=label, info=info)
+    info += "; one number for each, in their order" if name == "weight" else ""
     return gr.Textbox("", label=label, info=info, max_length=60)
 
 
@@ -127,12 +129,18 @@ def recipe_of(experts: list[str], base: str, preset: str, names: list[str], valu
     """Return the recipe of the form as YAML."""
     if not experts:
         raise gr.Error("Add experts first.")
-    options = dict(PRESETS[TITLES.index(preset)].options)
+    options: dict[str, Any] = {"weight": "1 " * len(experts), **PRESETS[TITLES.index(preset)].options}
     for name, value in zip(names, values, strict=True):
         if value not in ("", None):
             options[name] = tuple(str(value).split()) if name == "parameters" else value
+    weights = options.pop("weight").split()
+    if len(weights) != len(experts):
+        raise gr.Error(
+            f"There are {len(weights)} weights for {len(experts)} experts; give one for each, in their order."
+        )
+    entries = [{"model": model, "weight": weight} for model, weight in zip(experts, weights, strict=True)]
     try:
-        return Recipe.build(experts, base=base.strip() or None, **options).to_yaml()
+        return Recipe.build(entries, base=base.strip() or None, **options).to_yaml()
     except MatsError as error:
         raise gr.Error(str(error)) from None
 

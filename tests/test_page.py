@@ -599,9 +599,22 @@ def test_every_option_of_the_schema_is_on_the_page(page_module):
     from mats_hub.recipe import OPTION_OWNERS
 
     shown = {name for fields in page_module.do.schema_fields().values() for name in fields}
-    assert shown == set(OPTION_OWNERS)
+    assert shown == {"weight", *OPTION_OWNERS}
     for preset in page_module.do.PRESETS:
         Recipe.build(["a/b"], base="c/d", **preset.options)
+
+
+def test_experts_have_weights(page_module):
+    def written(weights: str) -> Recipe:
+        form = ["a/b", "c/d"], "e/f", page_module.do.TITLES[0], ["weight"], [weights]
+        return Recipe.from_yaml(page_module.do.recipe_of(*form))
+
+    assert [entry.weight for entry in written("").experts] == [1, 1]
+    assert [entry.weight for entry in written("1.5 -0.5").experts] == [1.5, -0.5]
+    with pytest.raises(gradio.Error, match="3 weights for 2 experts"):
+        written("1 2 3")
+    with pytest.raises(gradio.Error, match=r"experts\.1\.weight: .*'two'"):
+        written("1 two")
 
 
 @pytest.mark.slow
