@@ -120,7 +120,8 @@ def as_given(plan: Plan) -> Recipe:
         for entry, expert, path in zip(plan.recipe.experts, plan.experts, paths, strict=True)
     ]
     base = place(plan.base.source) if plan.base else None
-    return plan.recipe.model_copy(update={"experts": tuple(experts), "base": base})
+    tokenizer = place(plan.companions[0]) if plan.recipe.tokenizer else None
+    return plan.recipe.model_copy(update={"experts": tuple(experts), "base": base, "tokenizer": tokenizer})
 
 
 @dataclass(eq=False)

@@ -290,10 +290,7 @@ def write_surroundings(plan: Plan, folder: Path) -> list[str]:
     for expert in plan.experts:
         _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
     experts = [expert.source for expert in plan.experts]
-    sources = [plan.reference.source, *experts]
-    if plan.recipe.tokenizer:
-        sources = [open_source(plan.recipe.tokenizer, plan.experts[0].source.token)]
-    return [*copy_companions(sources, folder), *copy_sentence_modules(experts, folder)]
+    return [*copy_companions(plan.companions, folder), *copy_sentence_modules(experts, folder)]
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -97,6 +97,7 @@ class Plan:
         statistics_at: expert → the repository, at its commit, that its statistics are in, when that is another one.
         entries: one per tensor of the reference, in file order.
         kept: expert's name → its own tensors that go into its task's head.
+        companions: where tokenizer, processor and generation config come from: the first that has some.
         problems: everything that stands in the way; the merge is refused unless it is empty.
         notes: what a careful reader would want to know.
         streamed: whether weights that are not on this machine are read by range and never stored.
@@ -111,6 +112,7 @@ class Plan:
     statistics_at: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
+    companions: list[Source] = field(default_factory=list)
     problems: list[MatsError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     streamed: bool = False

@@ -249,6 +249,7 @@ def _fill_entries(plan: Plan) -> None:
             )
         )
     vocabulary.refuse()
+    plan.companions = vocabulary.companions()
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(
@@ -386,7 +387,8 @@ def _pinned(plan: Plan) -> Recipe:
             changes["sha256"] = expert.source.fingerprint
         experts.append(entry.model_copy(update=changes))
     base = plan.base.source.public_spec if plan.base else None
-    return plan.recipe.model_copy(update={"base": base, "experts": tuple(experts)})
+    tokenizer = plan.companions[0].public_spec if plan.recipe.tokenizer and plan.companions else plan.recipe.tokenizer
+    return plan.recipe.model_copy(update={"base": base, "experts": tuple(experts), "tokenizer": tokenizer})
 
 
 def _public_name(path: str | None) -> str | None:

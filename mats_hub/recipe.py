@@ -154,7 +154,9 @@ class Recipe(Part):
         "(the rows that all have are merged, the rest is the base's)",
     )
     tokenizer: Place | None = Field(
-        None, description="model the tokenizer and processor files come from; the base otherwise"
+        None,
+        description="model the tokenizer and processor files come from; otherwise the base, or the experts, where they agree on "
+        "another chat template or end of text",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
     output: Output = Field(default=Output.model_validate({}))

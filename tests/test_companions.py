@@ -8,6 +8,7 @@ from typing import Any
 
 import models
 import pytest
+from transformers import AutoTokenizer
 
 import mats_hub
 from mats_hub.card import front_matter
@@ -99,3 +100,64 @@ def test_a_list_of_modules_that_is_none_is_left_out_and_told(bodies, text):
     assert str(bodies[0].parent) not in (merged.folder / "README.md").read_text()
     assert not (merged.folder / "modules.json").exists()
     assert not (merged.folder / "1_Pooling").exists()
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def taught(folder: Path, seed: int, template: str = TEMPLATE, generation: bool = True) -> None:
+    """Save a language model that was taught to talk in a template of its own."""
+    models.tiny_llama(folder, seed=seed)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": "[SEP]"}))
+    (folder / "chat_template.jinja").write_text(template)
+    if not generation:
+        (folder / "generation_config.json").unlink()
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_chat_models_of_a_base_that_does_not_chat_stay_chat_models(tmp_path, adapters):
+    models.tiny_llama(tmp_path / "base", seed=0)
+    experts = [tmp_path / name for name in ("one", "two")]
+    for seed, folder in enumerate(experts, start=1):
+        taught(folder, seed, generation=seed == 2)
+        if adapters:
+            models.lora_adapter(tmp_path / "base", tmp_path / f"lora{seed}", seed=seed, target_modules=["q_proj"])
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                (tmp_path / f"lora{seed}" / name).write_bytes((folder / name).read_bytes())
+    used = [tmp_path / f"lora{seed}" for seed in (1, 2)] if adapters else experts
+    options = {"base": tmp_path / "base", "method": "average"}
+    merged = mats_hub.merge(used, **options)
+    tokenizer = AutoTokenizer.from_pretrained(merged.folder)
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (TEMPLATE, "[SEP]")
+    assert (merged.folder / "generation_config.json").is_file() == (not adapters)
+    said = "the experts', which agree on another chat template and end of text than the base"
+    assert any(said in note for note in merged.report.notes)
+
+    named = mats_hub.merge(used, tokenizer=tmp_path / "base", **options)
+    base = AutoTokenizer.from_pretrained(named.folder)
+    assert (base.chat_template, base.eos_token) == (None, "</s>")
+    (used[1] / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    merged = mats_hub.merge(used, **options)
+    assert AutoTokenizer.from_pretrained(merged.folder).chat_template is None
+    said = f"the chat template and end of text of '{used[0].name}' and '{used[1].name}' differs"
+    assert any(said in note and "--tokenizer" in note for note in merged.report.notes)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_taken(tmp_path):
+    models.tiny_llama(tmp_path / "base", seed=0)
+    for seed, name in enumerate(("one", "two"), start=1):
+        taught(tmp_path / name, seed)
+        content = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 99, "content": "<|end|>"})
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+    merged = mats_hub.merge([tmp_path / "one", tmp_path / "two"], base=tmp_path / "base", method="average")
+    assert not (merged.folder / "chat_template.jinja").exists()
+    assert any("whose tokenizer is kept" in note for note in merged.report.notes)
+
+
+def test_a_tokenizer_that_is_named_is_there_before_the_merge_and_pinned(tmp_path, bodies):
+    with pytest.raises(mats_hub.MatsError, match=r"1 problem.*\n.*'no/where/x y' is neither a folder"):
+        merge(bodies, tokenizer="no/where/x y")
+    merged = merge(bodies, tokenizer=bodies[1])
+    assert merged.report.recipe["tokenizer"] == "one"
