@@ -226,6 +226,53 @@ def test_a_conversation_that_does_not_fit_its_template_is_refused(chat, tmp_path
         next(data.batches(1))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    models.tiny_llama(folder)
+    return folder
+
+
+def counted(data: TaskData) -> list[str]:
+    batch = next(data.batches(8))
+    places = batch["labels"] != IGNORED
+    assert batch["input_ids"][places].equal(batch["labels"][places])
+    return [" ".join(data.tokenizer.decode(row[row != IGNORED]).split()) for row in batch["labels"]]
+
+
+def test_of_a_prompt_and_its_completion_only_the_completion_counts(plain, chat):
+    rows = {"prompt": ["the film was ", "so "], "completion": ["very good", "we liked it </s>"], "source": ["a", "b"]}
+    for folder in (plain, chat):
+        model, data = task_of(folder, rows)
+        assert data.task.name == "completion"
+        assert counted(data) == ["very good </s>", "we liked it </s>"]
+        assert data.tokenizer.decode(next(data.batches(1))["input_ids"][0]) == "<s> the film was very good </s>"
+    singly = sum(data.loss(model, batch) for batch in data.batches(1))
+    torch.testing.assert_close(sum(data.loss(model, batch) for batch in data.batches(2)), singly, rtol=1e-5, atol=1e-6)
+    found = mats_hub.compute_statistics(plain, dataset=datasets.Dataset.from_dict(rows), kind="gram", device="cpu")
+    assert found.provenance.task == "completion"
+    assert found.provenance.columns == {"text": ("prompt",), "target": "completion"}
+    talks = {
+        "prompt": [turns("the film was good", "it was dull", "so")],
+        "completion": [[{"role": "assistant", "content": "we liked the plot"}]],
+    }
+    assert counted(task_of(chat, talks)[1]) == ["we liked the plot </s>"]
+
+
+def test_a_question_and_its_answer_are_a_conversation(plain, chat):
+    rows = {"question": ["was it good"], "answer": ["very dull"]}
+    told = [task_of(folder, rows)[1] for folder in (plain, chat)]
+    assert [counted(data) for data in told] == [["very dull </s>"]] * 2
+    without, with_template = (data.tokenizer.decode(next(data.batches(1))["input_ids"][0]).split() for data in told)
+    assert without == ["<s>", "was", "it", "good", "very", "dull", "</s>"]
+    assert with_template == ["[CLS]", "was", "it", "good", "</s>", "<s>", "very", "dull", "</s>"]
+    rows = {"instruction": ["was it good", "so"], "input": ["the film", ""], "output": ["it was", "it was dull"]}
+    assert counted(task_of(plain, rows)[1]) == ["it was </s>", "it was dull </s>"]
+    assert task_of(plain, rows | {"text": ["the film", "it was"]})[1].task.name == "causal-lm", "the text as trained on"
+    with pytest.raises(StatisticsError, match=r"'question' and 'answer' have to hold texts.*--task causal-lm"):
+        next(task_of(plain, {"question": ["so"], "choices": [["it", "film"]], "answer": [1]})[1].batches(1))
+
+
 # --- words, answers, masked tokens
 
 

@@ -466,7 +466,7 @@ def test_paths_urls_and_local_folders_are_no_ids(page_module, tmp_path, monkeypa
     good = Recipe.build(["a/b@refs/pr/1", {"model": "c/d", "statistics": "e/f"}], base="g/h", method="mats")
     checked = page_module.do.check_ids(good, example)
     assert [entry.name for entry in checked.experts] == ["b", "d"]
-    for bad in (*HOSTILE, "owner/name", "a", "", "a/b/c"):
+    for bad in (*HOSTILE, "owner/name", "a", "", "a/b//c", "a/b/.c"):
         for change in ({"model": bad}, {"model": "a/b", "statistics": bad}):
             with pytest.raises(ValueError, match="is no Hub id"):
                 page_module.do.check_ids(Recipe.build([change], base="g/h", method="mats"), example)

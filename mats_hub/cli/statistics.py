@@ -13,7 +13,7 @@ DATA_OPTIONS: dict[str, str] = {
     "split": "the data set's split",
     "label": "label column; inferred from usual names otherwise",
     "image": "image column",
-    "target": "target text column",
+    "target": "column of what a text becomes, or of what is said to it",
     "audio": "column of sounds",
     "messages": "column of conversations, put through the chat template; only the assistant's tokens count",
     "labels": "data (empirical Fisher) or model (true Fisher: drawn from its predictions)",

@@ -17,15 +17,19 @@ TEXT_PAIRS = (
     ("question", "sentence"),
     ("question1", "question2"),
     ("question", "context"),
+    ("instruction", "input"),
 )
 COLUMN_NAMES = {
-    "text": ("text", "sentence", "content", "input", "source", "question", "prompt"),
+    "text": ("text", "sentence", "content", "prompt", "instruction", "question", "problem", "input", "source"),
     "words": ("tokens", "words"),
     "label": ("label", "labels"),
     "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels"),
     "answers": ("answers",),
     "image": ("image", "img", "images"),
-    "target": ("target", "output", "summary", "answer", "sentence", "transcription"),
+    "target": (
+        *("target", "completion", "response", "output", "summary", "answer", "solution"),
+        *("sentence", "transcription"),
+    ),
     "audio": ("audio", "speech"),
     "messages": ("messages", "conversations"),
 }
@@ -79,7 +83,7 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
 
 def infer_role(role: str, present: Sequence[str]) -> Any:
     """Return the column that plays a role, of texts a tuple of them, told by its name; None where no name tells."""
-    if role == "text":
+    if role == "text" and "text" not in present:
         for pair in TEXT_PAIRS:
             if set(pair) <= set(present):
                 return pair

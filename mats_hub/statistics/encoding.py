@@ -37,12 +37,46 @@ def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Put a conversation through the tokenizer's chat template; only what the assistant says has labels."""
-    return {name: values[: data.max_length] for name, values in _answers(data, _conversation(data, row)).items()}
+    return _cut(data, _answers(data, _conversation(row, data.columns.messages or "")))
 
 
-def _conversation(data: TaskData, row: dict[str, Any]) -> list[dict[str, Any]]:
+def completion(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens of what is asked and what is said to it; only the latter has labels.
+
+    A prompt and its completion, in columns of these names, are taken as they are, or as one conversation where they are lists of
+    messages. Others are put through the chat template, or into two lines where there is none.
+    """
+    columns, said = data.columns, row[data.columns.target or ""]
+    if isinstance(said, list):
+        before = _conversation(row, columns.text[0])
+        return _cut(data, _answers(data, [*before, *_conversation(row, columns.target or "")], len(before)))
+    asked = [row[column] for column in columns.text]
+    if not all(isinstance(part, str) for part in (said, *asked)):
+        raise StatisticsError(
+            f"columns {', '.join(map(repr, columns.text))} and {columns.target!r} have to hold texts; name others (--text, "
+            "--target), or measure on the text alone (--task causal-lm)"
+        )
+    prompt, as_it_is = "\n".join(filter(None, asked)), (columns.text, columns.target) == (("prompt",), "completion")
+    if data.tokenizer.chat_template and not as_it_is:
+        return _cut(data, _answers(data, _asked_and_said(prompt, said)))
+    prompt += "" if as_it_is else "\n"
+    ids, end = list(data.tokenizer(prompt + said)["input_ids"]), data.tokenizer.eos_token_id
+    ids += [] if end is None or ids[-1] == end else [end]
+    begin = _shared(data.tokenizer(prompt)["input_ids"], ids)
+    return _cut(data, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * begin + ids[begin:]})
+
+
+def _cut(data: TaskData, features: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[: data.max_length] for name, values in features.items()}
+
+
+def _asked_and_said(asked: str, said: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
+def _conversation(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
     """Return the messages of a conversation, each with its role and content, also where they are called from and value."""
-    column, found = data.columns.messages or "", []
+    found = []
     for message in row[column] or []:
         if isinstance(message, dict) and {"from", "value"} <= message.keys():  # as ShareGPT has them
             message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"]}
@@ -54,8 +88,10 @@ def _conversation(data: TaskData, row: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _answers(data: TaskData, messages: list[dict[str, Any]]) -> dict[str, Any]:
+def _answers(data: TaskData, messages: list[dict[str, Any]], first: int = 0) -> dict[str, Any]:
     """Return the features of a conversation up to the assistant's last answer, and as labels the tokens that it says.
+
+    With `first`, only from that message on.
 
     An answer begins where the conversation that has it departs from the one that asks for it: a prompt may open a thought that
     a stored answer does not have. Answers that the template writes otherwise once there are later ones (thoughts that it
@@ -64,7 +100,7 @@ def _answers(data: TaskData, messages: list[dict[str, Any]]) -> dict[str, Any]:
     features: dict[str, Any] = {"input_ids": []}
     labels: list[int] = []
     for position, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or position < first:
             continue
         before, prompt = features["input_ids"], data.templated(messages[:position], add_generation_prompt=True)
         features = data.templated(messages[: position + 1])
@@ -93,10 +129,10 @@ def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """
     columns = data.columns
     if columns.messages:
-        messages = _conversation(data, row)
+        messages = _conversation(row, columns.messages)
     else:
         asked = " ".join(row[column] for column in columns.text)
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[columns.target or ""]}]
+        messages = _asked_and_said(asked, row[columns.target or ""])
     images = row[columns.image or ""] or []
     return _answers(data, _with_images(messages, images if isinstance(images, list) else [images]))
 

@@ -14,6 +14,7 @@ from mats_hub.statistics.encoding import (
     audio_classification,
     causal_lm,
     chat,
+    completion,
     ctc,
     heard,
     image_among_classes,
@@ -29,6 +30,9 @@ from mats_hub.statistics.encoding import (
     words,
 )
 from mats_hub.statistics.task_data import Task, TaskData
+
+ASKED = {"prompt", "question", "instruction", "problem", "input", "source"}
+"""Columns that a language model is not measured on alone where another one has what is said to them."""
 
 GENERATED = "text that the model generated itself"
 GENERATED_TASK = "generated"
@@ -69,6 +73,7 @@ TASKS: dict[str, Task] = {
     "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), causal_lm, per_token=True),
     GENERATED_TASK: Task(GENERATED_TASK, (), (), tokens, per_token=True),
     "chat": Task("chat", (), ("messages",), chat, per_token=True),
+    "completion": Task("completion", (), ("text", "target"), completion, per_token=True),
     "speech-recognition": Task(
         "speech-recognition",
         (),
@@ -204,8 +209,10 @@ def open_task(
     if task is None and kind.batched and not (columns.image or infer_role("image", dataset.column_names)):
         kind = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"]
     talks = columns.messages or (not columns.text and infer_role("messages", dataset.column_names))
-    if task is None and kind.name == "causal-lm" and talks:
-        kind = TASKS["chat"]
+    if task is None and kind.name == "causal-lm":
+        asked = not columns.text and ASKED.issuperset(infer_role("text", dataset.column_names) or ("",))
+        answered = columns.target or (asked and infer_role("target", dataset.column_names))
+        kind = TASKS["chat" if talks else "completion" if answered else "causal-lm"]
     roles = ("image", "messages") if kind.batched and talks else kind.roles
     data = TaskData(kind, dataset, infer_columns(dataset, columns, roles, needs_labels), config, singly=kind.batched)
     if kind.processor:
