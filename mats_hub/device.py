@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mats_hub.errors import RecipeError
+from mats_hub.errors import RecipeError, ResourceError
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -30,6 +30,17 @@ def choose_device(name: str = "auto") -> torch.device:
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a tensor on a device in a dtype; to CUDA it is copied as it is stored, which is the narrower, and cast there."""
     return tensor.to(device, non_blocking=True).to(dtype) if device.type == "cuda" else tensor.to(device, dtype)
+
+
+@contextmanager
+def memory_errors(when: str, way_out: str) -> Iterator[None]:
+    """Turn what torch and Python say when memory runs out into a `ResourceError` with its way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ResourceError(f"memory ran out while {when}. {way_out}") from error
 
 
 @contextmanager

@@ -8,8 +8,7 @@ import platform
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
 from mats_hub.companions import copy_companions, copy_sentence_modules
-from mats_hub.errors import RecipeError, ResourceError, SourceError
+from mats_hub.errors import RecipeError, SourceError
 from mats_hub.expert import Expert
 from mats_hub.journal import Journal, digest_of
 from mats_hub.loading import CONFIG_FILE, TASKS_FOLDER, concrete_class, fold, load
@@ -167,7 +166,7 @@ def merge(
         OutputError: the output folder holds something or cannot be written.
 
     """
-    from mats_hub.device import choose_device
+    from mats_hub.device import choose_device, memory_errors
 
     recipe = as_recipe(experts, **options)
     join()
@@ -179,32 +178,23 @@ def merge(
     plan.raise_problems()
     base = plan.base.source.folder or plan.base.source.public_spec if plan.base else None
     run = partial(_write_all, plan, device=place, progress=progress, watch=watch, on_file=on_file)
+    room = memory_errors(
+        f"merging; about {human_bytes(plan.peak_memory_bytes)} are needed",
+        "Stop what else takes memory, merge on another device (--device cpu), or take statistics with fewer entries (mats-hub "
+        "statistics --rank)",
+    )
     if target is not None:
-        with resumable(target) as stage, memory_named(plan):
+        with resumable(target) as stage, room:
             report = run(stage)
         return MergedModel(target, report, base=base)
     folder = Path(agreed(tempfile.mkdtemp(prefix="mats_hub-") if is_first() else ""))
     try:
-        with memory_named(plan):
+        with room:
             report = run(folder)
         return MergedModel(folder, report, temporary=is_first(), base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-@contextmanager
-def memory_named(plan: Plan) -> Iterator[None]:
-    """Turn what torch and Python say when memory runs out into a `ResourceError` with its way out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise ResourceError(
-            f"memory ran out while merging; about {human_bytes(plan.peak_memory_bytes)} are needed. Stop what else takes memory, "
-            "merge on another device (--device cpu), or take statistics with fewer entries (mats-hub statistics --rank)"
-        ) from error
 
 
 def as_recipe(experts: Recipe | Sequence[str | Mapping[str, Any]] | str | Path, **options: Any) -> Recipe:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from mats_hub.device import memory_errors
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.task_data import TaskData
@@ -17,6 +18,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
+@memory_errors("scoring a model", "Take smaller batches (batch_size), or cut texts shorter (max_length)")
 def score(
     data: TaskData, model: nn.Module, metric: str = "accuracy", batch_size: int = 64, device: torch.device | str = "cpu"
 ) -> float:
@@ -29,6 +31,7 @@ def score(
     Raises:
         RecipeError: the metric is unknown.
         StatisticsError: the metric is not one of this kind of task.
+        ResourceError: memory ran out.
 
     """
     if metric not in METRICS:

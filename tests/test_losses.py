@@ -15,7 +15,7 @@ from test_loading import tiny_whisper
 from tokenizers import ByteLevelBPETokenizer
 
 import mats_hub
-from mats_hub.errors import StatisticsError
+from mats_hub.errors import ResourceError, StatisticsError
 from mats_hub.source import open_source
 from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.dataset import Columns
@@ -86,6 +86,51 @@ def test_labels_by_name_are_those_by_place(tmp_path):
     _, data = task_of(tmp_path, {"text": TEXTS[:1], "label": [1]})
     with pytest.raises(StatisticsError, match="1 in column 'label' is no list"):
         next(data.batches(1))
+
+
+def test_labels_are_matched_by_their_names_where_data_and_model_number_them_differently(tmp_path):
+    """As of NLI, where models and data sets count from entailment or from contradiction."""
+    names = {0: "CONTRADICTION", 1: "neutral", 2: "Entailment"}
+    models.tiny_bert_classifier(tmp_path, labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    config = [transformers.AutoConfig.from_pretrained(tmp_path), [open_source(tmp_path)]]
+
+    def labels(data_names: list[str] | None, values: list[Any]) -> list[int]:
+        rows = datasets.Dataset.from_dict({"text": TEXTS[: len(values)], "label": values})
+        if data_names:
+            rows = rows.cast_column("label", datasets.ClassLabel(names=data_names))
+        return next(open_task("BertForSequenceClassification", *config, rows, Columns()).batches(9))["labels"].tolist()
+
+    assert labels(["entailment", "neutral", "contradiction"], [0, 1, 2, 0]) == [2, 1, 0, 2]
+    assert labels(["a", "b", "c"], [0, 1, 2]) == labels(None, [0, 1, 2]) == [0, 1, 2]
+    assert labels(None, ["entailment", "Neutral"]) == [2, 1]
+    with pytest.raises(StatisticsError, match=r"unknown label 'entail'\. Did you mean 'Entailment'"):
+        labels(None, ["entail"])
+    with pytest.raises(StatisticsError, match="label -1 in column 'label', but the model has 3 labels"):
+        labels(None, [-1])
+
+
+def test_tags_are_matched_by_their_names(tmp_path):
+    save_bert(tmp_path, "BertForTokenClassification", id2label={0: "O", 1: "B", 2: "I"}, label2id=TAGS)
+    tags = datasets.Sequence(datasets.ClassLabel(names=["B", "I", "O"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})
+    rows = datasets.Dataset.from_dict({"tokens": [["the", "film", "was"]], "ner_tags": [[2, 0, 1]]}, features=features)
+    config, files = transformers.AutoConfig.from_pretrained(tmp_path), [open_source(tmp_path)]
+    data = open_task("BertForTokenClassification", config, files, rows, Columns())
+    assert next(data.batches(1))["labels"].tolist() == [[IGNORED, 0, 1, 2, IGNORED]]
+
+
+def test_what_is_no_text_is_refused_by_its_column(tmp_path):
+    models.tiny_bert_classifier(tmp_path)
+    _, data = task_of(tmp_path, {"text": [TEXTS[0], None], "label": [0, 1]})
+    with pytest.raises(StatisticsError, match="column 'text' holds 'None' where a text is to be"):
+        list(data.batches(2))
+
+
+def test_memory_that_runs_out_says_what_takes_less(tmp_path):
+    models.tiny_llama(tmp_path, vocab_size=1_000_000, max_position_embeddings=9000)
+    rows = datasets.Dataset.from_dict({"text": ["the film " * 4000] * 64})  # whose logits take two terabytes
+    with pytest.raises(ResourceError, match=r"memory ran out while measuring statistics.*--batch-size"):
+        mats_hub.compute_statistics(tmp_path, dataset=rows, kind="gram", batch_size=64, max_length=8000, device="cpu")
 
 
 def test_accuracy_counts_labels_and_a_regression_has_none(tmp_path):

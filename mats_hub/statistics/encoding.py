@@ -9,7 +9,7 @@ import torch
 
 from mats_hub.errors import StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
-from mats_hub.statistics.task_data import TaskData, predicts_numbers
+from mats_hub.statistics.task_data import TaskData, plain_name, predicts_numbers
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Roles under other names."""
@@ -21,6 +21,12 @@ MASKED = 0.15
 def text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's, or a pair of texts', tokens."""
     texts = [row[column] for column in data.columns.text]
+    for column, given in zip(data.columns.text, texts, strict=True):
+        if not isinstance(given, str):
+            raise StatisticsError(
+                f"column {column!r} holds {str(given)[:40]!r} where a text is to be; leave such examples out, or name another "
+                "column (--text)"
+            )
     return dict(data.tokenizer(*texts, truncation=data.max_length is not None, max_length=data.max_length))
 
 
@@ -340,9 +346,11 @@ def _indicators(data: TaskData, value: Any) -> list[float]:
 def _label_id(data: TaskData, value: Any) -> int:
     if isinstance(value, str):
         known = data.config.label2id or {}
-        if value not in known:
+        alike = [index for name, index in known.items() if plain_name(name) == plain_name(value)]
+        if value not in known and len(alike) != 1:
             raise StatisticsError(unknown("label", value, known))
-        value = known[value]
+        return int(known.get(value, *alike))
+    value = data.label_ids.get(value, value)
     if not isinstance(value, int) or not 0 <= value < data.config.num_labels:
         raise StatisticsError(
             f"label {value!r} in column {data.columns.label!r}, but the model has {data.config.num_labels} labels "

@@ -13,7 +13,7 @@ from torch import Tensor
 from mats_hub.adapter import Ia3Adapter
 from mats_hub.architecture import stored_pieces
 from mats_hub.checkpoint import parse_size
-from mats_hub.device import choose_device
+from mats_hub.device import choose_device, memory_errors
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.expert import Expert
 from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert
@@ -37,6 +37,11 @@ MODULES = ("touched", "all")
 LABELS = ("data", "model")
 
 
+@memory_errors(
+    "measuring statistics",
+    "Cut texts shorter (max_length, --max-length), take smaller batches (--batch-size), measure sketches (--rank), or name "
+    "another device (--device)",
+)
 def compute_statistics(
     model: str | Path,
     *,
@@ -121,6 +126,7 @@ def compute_statistics(
         SourceError: the model or the data cannot be found.
         StatisticsError: task or columns cannot be inferred, or a label does not fit the model.
         NumericalError: a non-finite activation or gradient.
+        ResourceError: memory ran out.
 
     """
     from mats_hub import __version__

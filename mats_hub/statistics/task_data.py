@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +102,15 @@ class TaskData:
             features = [f for f in map(self._features, indices) if f.get("input_ids") != []]
             if features:
                 yield {key: value.to(device) for key, value in self._padded(features).items()}
+
+    @cached_property
+    def label_ids(self) -> dict[int, int]:
+        """The model's label of each of the data set's, where both have the same names in another order, as of NLI."""
+        feature = self.dataset.features.get(self.columns.label)
+        names = getattr(getattr(feature, "feature", feature), "names", None) or ()
+        own = {plain_name(name): index for name, index in (self.config.label2id or {}).items()}
+        theirs = [plain_name(name) for name in names]
+        return {index: own[name] for index, name in enumerate(theirs)} if sorted(own) == sorted(theirs) else {}
 
     @property
     def class_names(self) -> list[str]:
@@ -294,6 +304,11 @@ class TaskData:
     def _is_shifted(self) -> bool:
         # A decoder alone predicts the next token; an encoder-decoder's logits already stand at their label's place.
         return not (self.config.is_encoder_decoder or self.task.in_place)
+
+
+def plain_name(label: str) -> str:
+    """Return a label's name without what names of the same label differ in: case, spaces and signs."""
+    return "".join(filter(str.isalnum, str(label).lower()))
 
 
 def predicts_numbers(config: Any) -> bool:
