@@ -69,6 +69,19 @@ def test_the_loss_is_the_sum_over_examples_whatever_the_batch(name, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pad", [None, 0, 7])
+def test_a_decoder_that_classifies_finds_the_last_token_by_its_own_padding(pad, tmp_path):
+    """Not by the tokenizer's, which is 0 here; a config without any reads one text at a time."""
+    config = models.tiny_llama().config
+    config.pad_token_id, config.num_labels = pad, 2
+    with models.seeded(3):
+        models.save(transformers.LlamaForSequenceClassification(config), tmp_path, "llama")
+    model, data = task_of(tmp_path, {"text": TEXTS, "label": [0, 1] * 3})
+    alone = [model(**data.tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
+    loss = torch.nn.functional.cross_entropy(torch.stack(alone), torch.tensor([0, 1] * 3), reduction="sum")
+    torch.testing.assert_close(sum(data.loss(model, batch) for batch in data.batches(6)), loss)
+
+
 def test_labels_by_name_are_those_by_place(tmp_path):
     names = {0: "red", 1: "green", 2: "blue"}
     models.tiny_bert_classifier(

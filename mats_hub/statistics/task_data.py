@@ -103,6 +103,12 @@ class TaskData:
             if features:
                 yield {key: value.to(device) for key, value in self._padded(features).items()}
 
+    @property
+    def pad_token(self) -> int | None:
+        """The id by which the model itself knows padding: decoders that classify look for the last token before it."""
+        found = getattr(getattr(self.config, "text_config", self.config), "pad_token_id", None)
+        return found if found is not None and found >= 0 else None
+
     @cached_property
     def label_ids(self) -> dict[int, int]:
         """The model's label of each of the data set's, where both have the same names in another order, as of NLI."""
@@ -173,7 +179,8 @@ class TaskData:
 
     def _padded(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
-        padding = {"labels": IGNORED, "input_ids": getattr(self.tokenizer, "pad_token_id", None) or 0}
+        fill = getattr(self.tokenizer, "pad_token_id", None) if self.pad_token is None else self.pad_token
+        padding = {"labels": IGNORED, "input_ids": fill or 0}
         lengths = {k: max(len(f[k]) for f in features) for k, v in features[0].items() if isinstance(v, list)}
         if (
             self.task.per_token

@@ -224,6 +224,7 @@ def open_task(
     if not kind.tokenizes:
         return data
     data.tokenizer = _load_processor(files, *TOKENIZER)
+    data.singly |= kind.name == "text-classification" and data.pad_token is None
     if kind.name == "token-classification" and getattr(data.tokenizer, "add_prefix_space", None) is False:
         # As RoBERTa's: a word in a list is to have the tokens that it has inside of a text, behind a space.
         data.tokenizer = _load_processor(files, *TOKENIZER, add_prefix_space=True)
