@@ -246,7 +246,7 @@ def evaluate_tasks(
     for name in suite:
         entry = suite[name]
         facts = {"task": name, "metric": entry.metric}
-        facts |= {"dataset": entry.dataset} if entry.dataset else {}
+        facts |= {"dataset": found} if (found := suite.hub_id(name)) else {}
         facts |= {"task_id": entry.task_id} if entry.task_id else {}
         network = load(model, name if name in own else None, dtype="float32", token=token, base=base)
         rows.append({**facts, "model": "merged", "value": suite.score(name, part, network, model, device, token)})

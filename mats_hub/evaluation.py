@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         model: a merged model's folder or Hub id, or a transformers model.
-        dataset: Hub id, JSONL/CSV/Parquet file or `datasets.Dataset`.
+        dataset: as for `mats_hub.compute_statistics`.
         task: the task of a merged model whose heads are kept per task.
         config: the data set's configuration.
         split: the data set's split (``validation``).

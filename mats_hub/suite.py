@@ -18,7 +18,7 @@ VALIDATION, TEST = "validation", "test"
 class TaskEntry(Part):
     """One task of the file: its data, and how a model is scored on them."""
 
-    dataset: str | None = Field(None, description="Hub id 'owner/name[@revision]'; not needed for files")
+    dataset: str | None = Field(None, description="Hub id 'owner/name[@revision]', or a folder; not needed for files")
     config: str | None = Field(None, description="the data set's configuration")
     validation: str = Field(VALIDATION, description="split that settings are chosen on; a file without 'dataset'")
     test: str = Field(TEST, description="split that results are of; a file without 'dataset'")
@@ -101,6 +101,11 @@ class Suite(Mapping[str, TaskEntry]):
                 raise RecipeError(f"{label}: {where}: {first['msg'].removeprefix('Value error, ')}{known}") from None
         return cls(tasks, folder)
 
+    def hub_id(self, name: str) -> str | None:
+        """Return the id of the data set that a task is of; None where that is a folder or file."""
+        place = self[name].dataset
+        return None if place is None or (self._folder / place).exists() else place
+
     def data(self, name: str, which: str, token: str | bool | None = None) -> Any:
         """Return the examples of a task's ``validation`` or ``test`` part (`datasets.Dataset`); the other is not opened.
 
@@ -112,7 +117,7 @@ class Suite(Mapping[str, TaskEntry]):
 
         if (name, which) not in self._opened:
             entry, part = self[name], getattr(self[name], which)
-            place = entry.dataset or str(self._folder / part)
+            place = self.hub_id(name) or str(self._folder / (entry.dataset or part))
             loaded, _, _ = load_dataset(place, entry.config, part if entry.dataset else None, token)
             if entry.examples and entry.examples < len(loaded):
                 loaded = loaded.shuffle(seed=entry.seed).select(range(entry.examples))

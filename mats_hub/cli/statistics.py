@@ -7,8 +7,8 @@ from typing import Any
 from mats_hub.progress import progress_bar
 
 DATA_OPTIONS: dict[str, str] = {
-    "dataset": "Hub id 'owner/name[@revision]', or a JSONL, CSV or Parquet file; a causal language model can do without, and is "
-    "measured on text that it generates itself",
+    "dataset": "Hub id 'owner/name[@revision]', a JSONL, CSV or Parquet file, or a folder of them or of images by class; a "
+    "causal language model can do without, and is measured on text that it generates itself",
     "config": "the data set's configuration",
     "split": "the data set's split",
     "label": "label column; inferred from usual names otherwise",

@@ -10,6 +10,7 @@ from typing import Any
 
 from mats_hub.errors import SourceError, StatisticsError, unknown
 from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.source import HUB_ID
 
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -94,7 +95,14 @@ def infer_role(role: str, present: Sequence[str]) -> Any:
 def load_dataset(
     name: Any, config: str | None = None, split: str | None = None, token: Any = None
 ) -> tuple[Any, str, str | None]:
-    """Open a data set: a `datasets.Dataset`, a JSONL, CSV or Parquet file, or a Hub id ``owner/name[@revision]``.
+    """Open a data set.
+
+    Args:
+        name: a `datasets.Dataset` or a list of examples; a JSONL, CSV or Parquet file; a folder of such files, of images by
+            class, or that ``save_to_disk`` made; or a Hub id ``owner/name[@revision]``.
+        config: its configuration.
+        split: its split, where it has several; ``validation`` otherwise.
+        token: Hub token.
 
     Returns:
         The data set, its public name (an id, or a file's name) and its commit when it has one.
@@ -105,8 +113,16 @@ def load_dataset(
     """
     import datasets
 
+    if isinstance(name, list):
+        name = datasets.Dataset.from_list(name)
+    if isinstance(name, datasets.DatasetDict):
+        name = _part(name, split)
     if isinstance(name, datasets.Dataset):
         return name, str(name.info.dataset_name or "an in-memory data set"), None
+    if isinstance(name, datasets.IterableDataset):
+        raise SourceError(
+            "a data set that is streamed has no end that is known; take some of it: list(streamed.take(400))"
+        )
     path = Path(str(name)).expanduser()
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     try:
@@ -118,7 +134,16 @@ def load_dataset(
                     )
                 loaded = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
                 return loaded, path.name, None
+            if path.is_dir():
+                saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+                loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), config)
+                return _part(loaded, split), path.resolve().name, None
             repo_id, _, revision = str(name).partition("@")
+            if not HUB_ID.match(repo_id):
+                raise SourceError(
+                    f"{str(name)!r} is no file or folder on this machine, and no Hub id like 'owner/name' or "
+                    "'owner/name@revision'"
+                )
             with hub_errors(str(name)):
                 commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
                 loaded = datasets.load_dataset(
@@ -130,6 +155,16 @@ def load_dataset(
         raise SourceError(
             f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}"
         ) from error
+
+
+def _part(loaded: Any, split: str | None) -> Any:
+    """Return one split of several, or the only one there is."""
+    if not hasattr(loaded, "keys"):
+        return loaded
+    wanted = split or ("validation" if len(loaded) > 1 else next(iter(loaded)))
+    if wanted not in loaded:
+        raise SourceError(unknown("split", wanted, loaded))
+    return loaded[wanted]
 
 
 @contextmanager

@@ -83,8 +83,9 @@ def compute_statistics(
     Args:
         model: the expert, a Hub id or folder. An adapter is measured merged into its base, the vectors of an (IA)³ adapter
             as they stand beside it.
-        dataset: Hub id ``owner/name[@revision]``, JSONL/CSV/Parquet file, or a `datasets.Dataset`. A causal language model can
-            do without: it is measured on text that it generates itself, `examples` times up to `max_length` tokens (128).
+        dataset: Hub id ``owner/name[@revision]``, JSONL/CSV/Parquet file, a folder of them or of images by class, a
+            `datasets.Dataset`, or a list of examples. A causal language model can do without: it is measured on text that it
+            generates itself, `examples` times up to `max_length` tokens (128).
         kind: any of ``gram``, ``kfac`` (which holds ``gram``), ``fisher``, ``block_fisher`` (of vectors). When not given,
             ``kfac``, and for an (IA)³ adapter ``block_fisher``.
         modules: of an adapter, ``touched`` measures only what it changes, ``all`` the whole model (which is needed where the

@@ -1,0 +1,78 @@
+"""Where a task's examples may lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import models
+import pytest
+
+import mats_hub
+from mats_hub.errors import SourceError
+from mats_hub.statistics.dataset import load_dataset
+from mats_hub.suite import Suite
+
+ROWS = [{"text": text, "label": index % 2} for index, text in enumerate(models.tiny_texts(6, 1))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Save the same examples in a folder of files, by `save_to_disk`, and as images by class."""
+    (tmp_path / "files").mkdir()
+    for part, rows in (("train", ROWS), ("validation", ROWS[:4]), ("test", ROWS[:2])):
+        (tmp_path / "files" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(2))}).save_to_disk(tmp_path / "several")
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number, image in enumerate(models.tiny_images(3)):
+            image.save(tmp_path / "images" / name / f"{number}.png")
+    return tmp_path
+
+
+def test_folders_are_opened_by_their_splits(folder):
+    for place, split, count in (
+        ("files", None, 4), ("files", "train", 6), ("saved", None, 6), ("several", "test", 2), ("images", None, 6)
+    ):  # fmt: skip
+        loaded, name, commit = load_dataset(folder / place, None, split)
+        assert (len(loaded), name, commit) == (count, place, None)
+    assert loaded.features["label"].names == ["cat", "dog"]
+    with pytest.raises(SourceError, match=r"unknown split 'validation'. Known: train, test"):
+        load_dataset(folder / "several")
+
+
+def test_examples_in_memory(folder):
+    assert load_dataset(ROWS)[0].to_list() == ROWS
+    assert len(load_dataset(datasets.load_from_disk(folder / "several"), None, "test")[0]) == 2
+    with pytest.raises(SourceError, match="has no end that is known"):
+        load_dataset(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
+    with pytest.raises(SourceError, match="no file or folder on this machine, and no Hub id"):
+        load_dataset(folder / "nothing")
+
+
+def test_a_model_of_images_is_measured_and_scored_on_a_folder_of_them(folder):
+    names = {0: "Dog", 1: "Cat"}
+    models.tiny_vit(folder / "model", labels=2, id2label=names, label2id={name: i for i, name in names.items()})
+    found = mats_hub.compute_statistics(folder / "model", dataset=folder / "images", device="cpu")
+    assert (found.provenance.dataset, found.provenance.examples) == ("images", 6)
+    one_sided = mats_hub.load(folder / "model")
+    one_sided.classifier.weight.data.zero_()
+    one_sided.classifier.bias.data.copy_(one_sided.classifier.bias.data.new_tensor([0.0, 1.0]))
+    dogs = sorted((folder / "images" / "dog").iterdir())
+    dogs[0].unlink()
+    score = mats_hub.evaluate(one_sided, dataset=folder / "images", processor=folder / "model")
+    assert score == 3 / 5, "all are told to be cats, which the model numbers 1 and the folder 0"
+
+
+def test_a_task_may_be_of_a_folder_beside_the_file_of_tasks(folder):
+    (folder / "tasks.yaml").write_text(
+        "alpha: {dataset: files}\nbeta: {dataset: files, validation: train, examples: 3}\n"
+    )
+    suite = Suite.load(folder / "tasks.yaml")
+    assert [len(suite.data("alpha", part)) for part in ("validation", "test")] == [4, 2]
+    assert len(suite.data("beta", "validation")) == 3
+    assert suite.hub_id("alpha") is None
+    assert Suite.from_mapping({"alpha": {"dataset": "nyu-mll/glue"}}).hub_id("alpha") == "nyu-mll/glue"
