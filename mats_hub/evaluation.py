@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mats_hub.companions import companions_of
 from mats_hub.loading import load
 from mats_hub.scoring import score
 from mats_hub.source import open_source
@@ -71,6 +72,10 @@ def evaluate(
             "a loaded model needs 'processor': the folder or id its tokenizer, or processor of images or sounds, comes from"
         )
     files = [open_source(processor if processor is not None else model, token)]
+    below = base or files[0].json("adapter_config.json").get("base_model_name_or_path")
+    if below and not companions_of(files[0]):
+        files.append(open_source(below, token))
     columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
+    data.sort_by_length()
     return score(data, network.to(place), metric, batch_size, place)

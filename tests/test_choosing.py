@@ -231,6 +231,13 @@ def test_scores_by_hand(local):
         score("accurcy")
 
 
+def test_an_adapter_without_a_tokenizer_is_scored_with_its_bases(tmp_path, local):
+    models.lora_adapter(Path(local.base), tmp_path / "adapter", seed=1, labels=2)
+    assert not (tmp_path / "adapter" / "tokenizer.json").exists()
+    found = mats_hub.evaluate(tmp_path / "adapter", dataset=local.data("alpha"))
+    assert found == mats_hub.evaluate(tmp_path / "adapter", dataset=local.data("alpha"), processor=local.base)
+
+
 def test_perplexity_is_over_tokens(tmp_path):
     model = models.tiny_llama()
     models.save(model, tmp_path / "llama", "llama")

@@ -69,6 +69,15 @@ def test_the_loss_is_the_sum_over_examples_whatever_the_batch(name, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_batches_of_like_lengths_have_little_padding(tmp_path):
+    models.tiny_bert_classifier(tmp_path)
+    texts = [" ".join(["film"] * length) for length in (2, 9, 1, 8, 9, 2)]
+    _, data = task_of(tmp_path, {"text": texts, "label": [0, 1, 0, 1, 0, 1]})
+    data.sort_by_length()
+    assert [batch["attention_mask"].sum(1).tolist() for batch in data.batches(3)] == [[11, 11, 10], [4, 4, 3]]
+    assert [batch["labels"].tolist() for batch in data.batches(3)] == [[1, 0, 1], [0, 1, 0]]
+
+
 @pytest.mark.parametrize("pad", [None, 0, 7])
 def test_a_decoder_that_classifies_finds_the_last_token_by_its_own_padding(pad, tmp_path):
     """Not by the tokenizer's, which is 0 here; a config without any reads one text at a time."""

@@ -168,6 +168,7 @@ def compute_statistics(
         max_length=max_length,
         needs_labels=kinds != ("gram",) and labels == "data",
     )
+    data.sort_by_length()
     if labels == "model":
         data.draw_labels(network, seed, place)
     one_by_one = set(kinds) <= {"fisher", "block_fisher"}  # alone, examples need no padding

@@ -87,6 +87,17 @@ class TaskData:
     last_batch: int = -1
     classes: dict[str, Tensor] = field(default_factory=dict)
 
+    def sort_by_length(self) -> None:
+        """Put the longest examples first: batches of like lengths have little padding, and too little memory shows at once."""
+        columns = self.columns
+        read = [*columns.text, *filter(None, (columns.target, columns.messages))] or ["input_ids"]
+        if self.singly or not self.task.tokenizes or not {*read} <= {*self.dataset.column_names}:
+            return
+        lengths = [
+            sum(len(str(value)) for value in row) for row in zip(*(self.dataset[name] for name in read), strict=True)
+        ]
+        self.dataset = self.dataset.select(sorted(range(len(lengths)), key=lambda index: -lengths[index]))
+
     def batches(
         self, size: int, device: torch.device | str = "cpu", first: int = 0, step: int = 1
     ) -> Iterator[dict[str, Any]]:
