@@ -39,6 +39,12 @@ Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(va
 """A Hub id, or a path on this machine."""
 
 
+def short_name(model: str) -> str:
+    """Return the last part of an id or a path."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model.partition("@")[0].rsplit("/", 1)[-1]
+
+
 class Curvature(Part):
     """Which directions of each weight matter to each task, and how the tasks are brought to one scale."""
 
@@ -99,7 +105,7 @@ class ExpertEntry(Part):
     @property
     def task(self) -> str:
         """What its task is called, as far as that is known before it is opened."""
-        return self.name or Path(self.model.partition("@")[0]).name
+        return self.name or short_name(self.model)
 
     @field_validator("weight")
     @classmethod

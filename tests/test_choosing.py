@@ -103,6 +103,7 @@ def test_tune_scores_every_setting_on_validation_data_alone(local, tasks, tmp_pa
     assert weighed[1].scores["alpha"] == mats_hub.evaluate(
         merged.folder, task="alpha", dataset=str(local.data("alpha"))
     )
+    assert [e.task for e in Recipe.build(["a/b@refs/pr/1", "a/b/c", local.experts[0]]).experts] == ["b", "c", "alpha"]
     with pytest.raises(RecipeError, match=r"weight\.bta: unknown expert 'bta'. Did you mean 'beta'"):
         tune(recipe(local, method="ties"), tasks, grid={"weight.bta": [1]})
     content = json.loads((tmp_path / "tuned/scores.json").read_text())

@@ -40,9 +40,7 @@ def _compress(
     scales = options.pop("mask_scale") or [str(DEFAULT_SCALE)]
     recipe = read_recipe(options)
     values = dict(enumerate(scales))
-    scale = {
-        e.name or e.model.rsplit("/", 1)[-1]: float(values.get(i, scales[0])) for i, e in enumerate(recipe.experts)
-    }
+    scale = {e.task: float(values.get(i, scales[0])) for i, e in enumerate(recipe.experts)}
     made = compress(
         recipe,
         output=output,

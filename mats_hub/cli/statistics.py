@@ -86,10 +86,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _statistics(model: str, output: str | None, kind: list[str] | None, push: str | None, **options: Any) -> None:
+    from mats_hub.recipe import short_name
     from mats_hub.statistics import compute_statistics
 
-    name = model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
-    target = output or f"{name}.statistics.safetensors"
+    target = output or f"{short_name(model)}.statistics.safetensors"
     statistics = compute_statistics(model, kind=kind, output=target, progress=progress_bar, **options)
     if statistics.path is None:  # one of several processes, of which the first has written the file
         return
