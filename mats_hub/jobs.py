@@ -71,7 +71,8 @@ def submit(
     check_can_push(target, token)
     plan = make_plan(recipe, token, stream=True)
     plan.raise_problems()
-    named = [plan.recipe.base, *(e.model for e in plan.recipe.experts), *(e.statistics for e in plan.recipe.experts)]
+    wanted = plan.recipe
+    named = [wanted.base, wanted.tokenizer, *(name for e in wanted.experts for name in (e.model, e.statistics))]
     for name in named:
         if name is not None and ("@" not in name or not is_hub_id(name.partition("@")[0])):
             raise RecipeError(

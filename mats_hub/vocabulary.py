@@ -127,6 +127,8 @@ class Vocabulary:
             except MatsError as error:
                 plan.problems.append(error)
                 return usual
+        if not companions_of(plan.reference.source):
+            return usual
         given = _talk(plan.reference.source)
         talking = {e.name: (e.source, _talk(e.source)) for e in plan.experts if companions_of(e.source)}
         others = {name: _changed(given, talk) for name, (_, talk) in talking.items()}

@@ -144,6 +144,17 @@ def test_chat_models_of_a_base_that_does_not_chat_stay_chat_models(tmp_path, ada
     assert any(said in note and "--tokenizer" in note for note in merged.report.notes)
 
 
+def test_of_a_base_without_a_tokenizer_nothing_is_said(tmp_path):
+    models.tiny_llama(tmp_path / "base", seed=0)
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    for seed, name in enumerate(("one", "two"), start=1):
+        taught(tmp_path / name, seed)
+    merged = mats_hub.merge([tmp_path / "one", tmp_path / "two"], base=tmp_path / "base", method="average")
+    assert (merged.folder / "chat_template.jinja").read_text() == TEMPLATE
+    assert not merged.report.notes
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_not_taken(tmp_path):
     models.tiny_llama(tmp_path / "base", seed=0)
     for seed, name in enumerate(("one", "two"), start=1):
