@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import wave
 from pathlib import Path
 
 import datasets
 import models
 import pytest
+import transformers
 
 import mats_hub
-from mats_hub.errors import SourceError
+from mats_hub.errors import SourceError, StatisticsError
 from mats_hub.statistics.dataset import load_dataset
 from mats_hub.suite import Suite
 
@@ -76,3 +79,36 @@ def test_a_task_may_be_of_a_folder_beside_the_file_of_tasks(folder):
     assert len(suite.data("beta", "validation")) == 3
     assert suite.hub_id("alpha") is None
     assert Suite.from_mapping({"alpha": {"dataset": "nyu-mll/glue"}}).hub_id("alpha") == "nyu-mll/glue"
+
+
+def test_sounds_in_files_are_heard_at_the_models_rate(tmp_path):
+    for name, rate in (("a", 8000), ("b", 24000)):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
+        with wave.open(str(tmp_path / "sounds" / name / "0.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(b"\x00\x10\x00\xf0" * rate)  # two seconds
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_labels": 2,
+    }
+    config = transformers.ASTConfig(**size, num_mel_bins=16, max_length=64, patch_size=8)
+    transformers.ASTForAudioClassification(config).save_pretrained(tmp_path / "model")
+    transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=64).save_pretrained(tmp_path / "model")
+    options = {"dataset": tmp_path / "sounds", "kind": "gram", "device": "cpu"}
+    if importlib.util.find_spec("torchcodec") is None:
+        with pytest.raises(SourceError, match="please install 'torchcodec'"):
+            mats_hub.compute_statistics(tmp_path / "model", **options)
+    else:
+        assert mats_hub.compute_statistics(tmp_path / "model", **options).provenance.examples == 2
+
+
+def test_a_damaged_image_is_an_error_that_numbers_it(folder):
+    models.tiny_vit(folder / "model", labels=2)
+    (folder / "images" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(StatisticsError, match="example 1 of the data set cannot be decoded: cannot identify image"):
+        mats_hub.compute_statistics(folder / "model", dataset=folder / "images", kind="gram", device="cpu")

@@ -151,7 +151,7 @@ def load_dataset(
                 )
             return loaded, repo_id, commit
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        text = str(error).strip().splitlines()
+        text = str(error.__cause__ or error).strip().splitlines()
         raise SourceError(
             f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}"
         ) from error

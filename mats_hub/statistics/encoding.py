@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from mats_hub.errors import StatisticsError, unknown
@@ -262,7 +263,8 @@ def heard(data: TaskData, samples: Any) -> dict[str, Any]:
 
 def _sound(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     sound = row[data.columns.audio or ""]
-    samples, rate = (sound["array"], sound["sampling_rate"]) if isinstance(sound, dict) else (sound, None)
+    bare = isinstance(sound, list | np.ndarray | torch.Tensor)
+    samples, rate = (sound, None) if bare else (sound["array"], sound["sampling_rate"])
     wanted = data.processor.sampling_rate
     if rate not in (None, wanted):
         raise StatisticsError(

@@ -150,7 +150,11 @@ class TaskData:
         )
 
     def _features(self, index: int) -> dict[str, Any]:
-        features = self.task.encode(self, self.dataset[index])
+        try:
+            row = self.dataset[index]
+        except (ImportError, OSError, RuntimeError) as error:  # of what decodes images and sounds
+            raise StatisticsError(f"example {index} of the data set cannot be decoded: {error}") from error
+        features = self.task.encode(self, row)
         return {**features, "labels": self.drawn[index]} if index in self.drawn else features
 
     @torch.no_grad()

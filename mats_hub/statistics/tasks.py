@@ -203,6 +203,8 @@ def open_task(
         StatisticsError: the task or a column cannot be inferred, or no source has a tokenizer or processor.
 
     """
+    import datasets
+
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
@@ -219,6 +221,8 @@ def open_task(
         data.processor = _load_processor(files, *kind.processor)
     if kind.processor == SOUNDS:
         rate = data.processor.sampling_rate
+        if hasattr(dataset.features.get(data.columns.audio), "sampling_rate"):  # stored as files
+            data.dataset = dataset.cast_column(data.columns.audio, datasets.Audio(sampling_rate=rate))
         short, long = (next(iter(heard(data, [0.0] * length).values())).shape for length in (rate // 2, rate))
         data.singly = short != long
     if not kind.tokenizes:
