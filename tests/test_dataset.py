@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import wave
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,9 @@ import transformers
 
 import mats_hub
 from mats_hub.errors import SourceError, StatisticsError
-from mats_hub.statistics.dataset import load_dataset
+from mats_hub.source import open_source
+from mats_hub.statistics.dataset import Columns, load_dataset
+from mats_hub.statistics.tasks import open_task
 from mats_hub.suite import Suite
 
 ROWS = [{"text": text, "label": index % 2} for index, text in enumerate(models.tiny_texts(6, 1))]
@@ -112,3 +115,34 @@ def test_a_damaged_image_is_an_error_that_numbers_it(folder):
     (folder / "images" / "cat" / "1.png").write_bytes(b"no image")
     with pytest.raises(StatisticsError, match="example 1 of the data set cannot be decoded: cannot identify image"):
         mats_hub.compute_statistics(folder / "model", dataset=folder / "images", kind="gram", device="cpu")
+
+
+TEXT = [row["text"] for row in ROWS]
+EXAMPLES = {
+    "labels": (partial(models.tiny_bert_classifier, labels=3), {"text": TEXT, "label": [0, 1, 2, 0, 1, 2]}),
+    "numbers": (
+        partial(models.tiny_bert_classifier, labels=1, problem_type="regression"), {"text": TEXT, "label": [0.5] * 6},
+    ),
+    "completions": (models.tiny_llama, {"prompt": TEXT, "completion": TEXT}),
+    "sequences": (models.tiny_t5, {"text": TEXT, "target": TEXT}),
+    "images": (partial(models.tiny_vit, labels=3), {"image": models.tiny_images(6), "label": [0, 1, 2, 0, 1, 2]}),
+}  # fmt: skip
+JUNK = [None, 3, -7.5, "", "x", [], [None], [[3]], {"role": "x"}, [{"role": "assistant"}]]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_junk_in_a_column_is_an_error_or_harmless(name, tmp_path):
+    save, columns = EXAMPLES[name]
+    save(tmp_path)
+    config, files = transformers.AutoConfig.from_pretrained(tmp_path), [open_source(tmp_path)]
+    for column in columns:
+        refused = 0
+        for junk in JUNK:
+            rows = datasets.Dataset.from_dict({**columns, column: [junk] * 6})
+            data = open_task(config.architectures[0], config, files, rows, Columns())
+            data.sort_by_length()
+            try:
+                list(data.batches(3))
+            except StatisticsError:
+                refused += 1
+        assert refused >= 5, f"{refused} of {len(JUNK)} values of {column} were refused"

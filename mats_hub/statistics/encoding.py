@@ -19,8 +19,7 @@ MASKED = 0.15
 """Of a text's tokens, what a masked language model is to tell."""
 
 
-def text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
-    """Return a text's, or a pair of texts', tokens."""
+def _texts(data: TaskData, row: dict[str, Any]) -> list[str]:
     texts = [row[column] for column in data.columns.text]
     for column, given in zip(data.columns.text, texts, strict=True):
         if not isinstance(given, str):
@@ -28,7 +27,12 @@ def text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
                 f"column {column!r} holds {str(given)[:40]!r} where a text is to be; leave such examples out, or name another "
                 "column (--text)"
             )
-    return dict(data.tokenizer(*texts, truncation=data.max_length is not None, max_length=data.max_length))
+    return texts
+
+
+def text(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a text's, or a pair of texts', tokens."""
+    return dict(data.tokenizer(*_texts(data, row), truncation=data.max_length is not None, max_length=data.max_length))
 
 
 def text_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def span(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
         raise StatisticsError(
             "a question is answered from a context; name both columns (--text question --text context)"
         )
-    question, context = (row[column] for column in data.columns.text)
+    question, context = _texts(data, row)
     options = {"truncation": "only_second", "max_length": data.max_length} if data.max_length else {}
     found = _told(data, question, context, return_offsets_mapping=True, **options)
     offsets, sides = found.pop("offset_mapping"), found.sequence_ids()
@@ -299,7 +303,7 @@ def tokens(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def _pixels(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     image = row[data.columns.image or ""]
-    channels = getattr(data.config, "vision_config", data.config).num_channels
+    channels = getattr(getattr(data.config, "vision_config", data.config), "num_channels", 3)
     return {
         "pixel_values": data.processor(image.convert("RGB") if channels == 3 else image, return_tensors="pt")[
             "pixel_values"
@@ -327,7 +331,13 @@ def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
         return {}
     value, config = row[data.columns.label], data.config
     if predicts_numbers(config):
-        return {"labels": [float(v) for v in value] if isinstance(value, list) else float(value)}
+        numbers = [float(v) for v in (value if isinstance(value, list) else [value])]
+        if len(numbers) != config.num_labels:
+            raise StatisticsError(
+                f"label {value!r} in column {data.columns.label!r} is {len(numbers)} numbers, but the model predicts "
+                f"{config.num_labels}"
+            )
+        return {"labels": numbers if len(numbers) > 1 else numbers[0]}
     if config.problem_type == "multi_label_classification":
         return {"labels": _indicators(data, value)}
     return {"labels": _label_id(data, value)}

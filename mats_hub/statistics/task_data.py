@@ -154,7 +154,12 @@ class TaskData:
             row = self.dataset[index]
         except (ImportError, OSError, RuntimeError) as error:  # of what decodes images and sounds
             raise StatisticsError(f"example {index} of the data set cannot be decoded: {error}") from error
-        features = self.task.encode(self, row)
+        try:
+            features = self.task.encode(self, row)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # of tokenizers and processors, too
+            raise StatisticsError(
+                f"example {index} of the data set is none of {self.task.name} ({error}); leave it out, or name other columns"
+            ) from error
         return {**features, "labels": self.drawn[index]} if index in self.drawn else features
 
     @torch.no_grad()
