@@ -138,6 +138,7 @@ def conjugate_gradients(
         return y, size, _dots(r, y, dims) if preconditioner else size**2
 
     p, left, ry = measured(r)
+    size = ry
     steps, largest, travelled, least = torch.zeros_like(state), *(torch.zeros_like(ry) for _ in range(3))
     # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
     rounding, narrow = 4 * system.eps, system.accuracy > NARROW
@@ -147,7 +148,7 @@ def conjugate_gradients(
         if (step - 1) % every == 0 and not (state == iterating).any():
             break
         Ap = system.operator.matvec(p)
-        curvature, size = _dots(p, Ap, dims), _norms(p, dims) ** 2
+        curvature, size = _dots(p, Ap, dims), _norms(p, dims) ** 2 if preconditioner else size
         # The product A p is off by up to ε ‖A‖ ‖p‖: below that, p is a null direction and a step along it would be noise.
         # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
         largest = torch.where(size > 0, torch.maximum(largest, curvature / size), largest)
@@ -169,7 +170,9 @@ def conjugate_gradients(
         state = torch.where(active & (history[-1] < tolerance), converged, state)
         if step in iterates:
             kept[step] = x.clone()
-        p = torch.addcmul(y, torch.where(state == iterating, ry / previous, 0).to(p.dtype), p)
+        beta = torch.where(state == iterating, ry / previous, 0)
+        p = torch.addcmul(y, beta.to(p.dtype), p)
+        size = left**2 + beta**2 * size  # ‖p‖² without a preconditioner: then r is orthogonal to the last direction
     final = _norms(system.residual(x), dims) / reference
     residuals = torch.stack(history).flatten(1).T.tolist()
     found = []
