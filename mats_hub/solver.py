@@ -11,7 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +100,7 @@ def conjugate_gradient(
     )[0]
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def conjugate_gradients(
     system: LinearSystem,
     x0: Tensor,
@@ -111,72 +114,81 @@ def conjugate_gradients(
     """Solve several systems of one shape at once, each as `conjugate_gradient` does: x0 and the system have one more dimension.
 
     A system that is done waits for the others. Every number that a step depends on stays on the device, and the host looks
-    at it once in `CHECKED_EVERY` steps.
+    at it once in `CHECKED_EVERY` steps; on the CPU NumPy computes with these numbers, which takes a fraction of torch's time.
 
     Raises:
         NumericalError: as for one system; its `position` says which one.
 
     """
-    dims = tuple(range(int(batched), x0.dim()))
+    dims, on_cpu = tuple(range(int(batched), x0.dim())), x0.device.type == "cpu"
+    xp: Any = np if on_cpu else torch
+
+    def dots(a: Tensor, b: Tensor) -> Any:
+        return _dots(a, b, dims).numpy() if on_cpu else _dots(a, b, dims)
+
+    def norms(a: Tensor) -> Any:
+        return _norms(a, dims).numpy() if on_cpu else _norms(a, dims)
+
+    def tensor(numbers: Any) -> Tensor:
+        return (torch.from_numpy(numbers) if on_cpu else numbers).to(x0.dtype)
+
     x, r = x0.clone(), system.residual(x0)
-    start = _norms(r, dims)
-    b_norm = _norms(system.rhs, dims)
-    reference = torch.where(b_norm > 0, b_norm, torch.where(start > 0, start, 1))
-    unfit = ~(start.isfinite() & b_norm.isfinite())
-    if unfit.any():
-        position = int(unfit.flatten().nonzero()[0])
-        raise NumericalError("the linear system has a non-finite right-hand side or initialization", position)
+    start, b_norm = norms(r), norms(system.rhs)
+    reference = xp.where(b_norm > 0, b_norm, xp.where(start > 0, start, 1))
+    unfit = (~(xp.isfinite(start) & xp.isfinite(b_norm))).flatten().tolist()
+    if any(unfit):
+        raise NumericalError("the linear system has a non-finite right-hand side or initialization", unfit.index(True))
     history = [start / reference]
     solved = (start == 0) | (start < tolerance * reference)
     outcomes = [Outcome.ITERATIONS, Outcome.CONVERGED, Outcome.FIXED_POINT, Outcome.ROUNDING]
     iterating, converged, fixed_point, rounded, not_finite, negative = range(6)
-    state = torch.where(solved, fixed_point, iterating)
-    r = r / torch.where(start > 0, start, 1).to(r.dtype)
+    state = xp.where(solved, fixed_point, iterating)
+    r = r / tensor(xp.where(start > 0, start, 1))
 
-    def measured(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, size = preconditioner(r) if preconditioner else r, _norms(r, dims)
-        return y, size, _dots(r, y, dims) if preconditioner else size**2
+    def measured(r: Tensor) -> tuple[Tensor, Any, Any]:
+        y, size = preconditioner(r) if preconditioner else r, norms(r)
+        return y, size, dots(r, y) if preconditioner else size**2
 
     p, left, ry = measured(r)
     size = ry
-    steps, largest, travelled, least = torch.zeros_like(state), *(torch.zeros_like(ry) for _ in range(3))
+    steps, largest, travelled, least = xp.zeros_like(state), *(xp.zeros_like(ry) for _ in range(3))
     # In a narrow dtype rounding bends the small directions of a product of factors far below zero, too.
     rounding, narrow = 4 * system.eps, system.accuracy > NARROW
     kept = {0: x0.clone()} if 0 in iterates else {}
-    every = 1 if x0.device.type == "cpu" else CHECKED_EVERY
+    every = 1 if on_cpu else CHECKED_EVERY
     for step in range(1, iterations + 1):
         if (step - 1) % every == 0 and not (state == iterating).any():
             break
         Ap = system.operator.matvec(p)
-        curvature, size = _dots(p, Ap, dims), _norms(p, dims) ** 2 if preconditioner else size
+        curvature, size = dots(p, Ap), norms(p) ** 2 if preconditioner else size
         # The product A p is off by up to ε ‖A‖ ‖p‖: below that, p is a null direction and a step along it would be noise.
         # The steps leave the sum of these in r: once r is no larger, more steps only carry it into the null directions.
-        largest = torch.where(size > 0, torch.maximum(largest, curvature / size), largest)
-        lost = (curvature.abs() <= rounding * largest * size) | (ry <= 0) | (left <= rounding * largest * travelled)
+        largest = xp.where(size > 0, xp.maximum(largest, curvature / size), largest)
+        lost = (abs(curvature) <= rounding * largest * size) | (ry <= 0) | (left <= rounding * largest * travelled)
         lost = lost | (curvature <= 0) if narrow else lost
-        ended = torch.where(lost, rounded, torch.where(curvature < 0, negative, iterating))
-        ended = torch.where(curvature.isfinite() & ry.isfinite(), ended, not_finite)
-        state = torch.where(state == iterating, ended, state)
-        least = torch.where((state == negative) & (least == 0), curvature, least)
+        ended = xp.where(lost, rounded, xp.where(curvature < 0, negative, iterating))
+        ended = xp.where(xp.isfinite(curvature) & xp.isfinite(ry), ended, not_finite)
+        state = xp.where(state == iterating, ended, state)
+        least = xp.where((state == negative) & (least == 0), curvature, least)
         active = state == iterating
-        alpha = torch.where(active, ry / curvature, 0)
-        x.addcmul_((alpha * start).to(x.dtype), p)
-        r = torch.addcmul(r, alpha.to(r.dtype), Ap, value=-1)
+        alpha = xp.where(active, ry / curvature, 0)
+        x.addcmul_(tensor(alpha * start), p)
+        r = torch.addcmul(r, tensor(alpha), Ap, value=-1)
         steps += active
-        travelled = travelled + alpha * size.sqrt()
+        travelled = travelled + alpha * size**0.5
         previous = ry
         y, left, ry = measured(r)
         history.append(left * start / reference)
-        state = torch.where(active & (history[-1] < tolerance), converged, state)
+        state = xp.where(active & (history[-1] < tolerance), converged, state)
         if step in iterates:
             kept[step] = x.clone()
-        beta = torch.where(state == iterating, ry / previous, 0)
-        p = torch.addcmul(y, beta.to(p.dtype), p)
+        beta = xp.where(state == iterating, ry / previous, 0)
+        p = torch.addcmul(y, tensor(beta), p)
         size = left**2 + beta**2 * size  # ‖p‖² without a preconditioner: then r is orthogonal to the last direction
-    final = _norms(system.residual(x), dims) / reference
-    residuals = torch.stack(history).flatten(1).T.tolist()
+    final = norms(system.residual(x)) / reference
+    residuals = xp.stack(history).reshape(len(history), -1).T.tolist()
     found = []
-    columns = (tensor.flatten().tolist() for tensor in (state, steps, least, final))
+    columns = (numbers.flatten().tolist() for numbers in (state, steps, least, final))
     for position, (ended, count, below, residual) in enumerate(zip(*columns, strict=True)):
         if ended == not_finite:
             raise NumericalError(f"a non-finite value at iteration {count + 1} of conjugate gradient", position)
