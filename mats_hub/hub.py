@@ -16,7 +16,7 @@ from mats_hub.errors import HubError
 from mats_hub.eval_results import eval_result_files
 from mats_hub.hub_client import hub_api, hub_errors, is_connection_error
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, Source, is_hub_id, open_source
+from mats_hub.source import HUB_ID, Source, is_hub_id, open_source, split_id
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
 from mats_hub.statistics.storage import INDEX_ENDING
@@ -268,8 +268,7 @@ def push_statistics(
         )
     api = hub_api(token)
     with hub_errors(target, HubError):
-        owner, name, *folders = target.split("/")
-        repository = f"{owner}/{name}"
+        repository, folder = split_id(target)
         source = open_source(target, token) if api.repo_exists(repository) else None
         if source is not None and not _holds_weights(source):
             source = None
@@ -281,9 +280,9 @@ def push_statistics(
             api.create_repo(repository, private=private, exist_ok=True)
         if create_pr is None:
             me = api.whoami()
-            create_pr = owner not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
+            create_pr = target.split("/")[0] not in (me["name"], *(org["name"] for org in me.get("orgs", ())))
         files = _statistics_files(statistics) | {CARD_FILE: card.encode()}
-        operations = [CommitOperationAdd("/".join([*folders, file]), content) for file, content in files.items()]
+        operations = [CommitOperationAdd(f"{folder}/{file}".lstrip("/"), content) for file, content in files.items()]
         title = f"Statistics for merging ({', '.join(statistics.provenance.kinds)})"
         return _commit(
             api, repository, operations, title, create_pr=create_pr, parent=source.commit if source else None
@@ -316,7 +315,7 @@ def _statistics_card(statistics: Statistics, source: Source | None, expert: str)
         return f"{SECTION.sub('', text).rstrip()}\n\n{section}"
     found = statistics.provenance
     content: dict[str, Any] = {
-        "base_model": "/".join(expert.split("/")[:2]) if is_hub_id(expert) and "/" in expert else None,
+        "base_model": split_id(expert)[0] if is_hub_id(expert) and "/" in expert else None,
         "datasets": [found.dataset] if found.dataset_commit else None,
         "library_name": "mats_hub",
         "tags": [STATISTICS_TAG],

@@ -298,9 +298,14 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a name can be that of a model on the Hub: of a repository, or of a folder in one."""
+    repository, _ = split_id(name)
+    return bool(HUB_ID.match(repository) and SUBFOLDER.match(name.removeprefix(repository)))
+
+
+def split_id(name: str) -> tuple[str, str]:
+    """Return the repository of ``owner/name[/folder]``, and the folder in it."""
     parts = name.split("/")
-    inside = "".join(f"/{part}" for part in parts[2:])
-    return bool(HUB_ID.match("/".join(parts[:2])) and SUBFOLDER.match(inside))
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def converted_folder(source: Source) -> Path:
@@ -327,8 +332,7 @@ def _hub_source(spec: str, token: str | bool | None) -> Source:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     path, _, at = spec.partition("@")
-    parts, revision = path.split("/"), at or None
-    repo_id, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    (repo_id, subfolder), revision = split_id(path), at or None
     try:
         with hub_errors(spec):
             info = hub_api(token).model_info(repo_id, revision=revision, files_metadata=True)
