@@ -58,6 +58,10 @@ class Solution:
 NARROW = 1e-5
 """Rounding error above which curvatures count as stored in a narrower dtype than float32."""
 
+OUTCOMES = (Outcome.ITERATIONS, Outcome.CONVERGED, Outcome.FIXED_POINT, Outcome.ROUNDING)
+ITERATING, CONVERGED, FIXED_POINT, ROUNDED, NOT_FINITE, NEGATIVE = range(6)
+"""States of a system that is solved: the first four end as `OUTCOMES` says."""
+
 CHECKED_EVERY = 4
 """Steps of conjugate gradient between two looks of the host at a device that computes on its own; few suffice to a tolerance."""
 
@@ -124,12 +128,15 @@ def conjugate_gradients(
     xp: Any = np if on_cpu else torch
 
     def dots(a: Tensor, b: Tensor) -> Any:
+        """Return the systems' inner products, as `xp` has them."""
         return _dots(a, b, dims).numpy() if on_cpu else _dots(a, b, dims)
 
     def norms(a: Tensor) -> Any:
+        """Return the systems' norms, as `xp` has them."""
         return _norms(a, dims).numpy() if on_cpu else _norms(a, dims)
 
     def tensor(numbers: Any) -> Tensor:
+        """Return numbers of `xp` as factors of the systems' tensors."""
         return (torch.from_numpy(numbers) if on_cpu else numbers).to(x0.dtype)
 
     x, r = x0.clone(), system.residual(x0)
@@ -140,9 +147,7 @@ def conjugate_gradients(
         raise NumericalError("the linear system has a non-finite right-hand side or initialization", unfit.index(True))
     history = [start / reference]
     solved = (start == 0) | (start < tolerance * reference)
-    outcomes = [Outcome.ITERATIONS, Outcome.CONVERGED, Outcome.FIXED_POINT, Outcome.ROUNDING]
-    iterating, converged, fixed_point, rounded, not_finite, negative = range(6)
-    state = xp.where(solved, fixed_point, iterating)
+    state = xp.where(solved, FIXED_POINT, ITERATING)
     r = r / tensor(xp.where(start > 0, start, 1))
 
     def measured(r: Tensor) -> tuple[Tensor, Any, Any]:
@@ -157,7 +162,7 @@ def conjugate_gradients(
     kept = {0: x0.clone()} if 0 in iterates else {}
     every = 1 if on_cpu else CHECKED_EVERY
     for step in range(1, iterations + 1):
-        if (step - 1) % every == 0 and not (state == iterating).any():
+        if (step - 1) % every == 0 and not (state == ITERATING).any():
             break
         Ap = system.operator.matvec(p)
         curvature, size = dots(p, Ap), norms(p) ** 2 if preconditioner else size
@@ -166,11 +171,11 @@ def conjugate_gradients(
         largest = xp.where(size > 0, xp.maximum(largest, curvature / size), largest)
         lost = (abs(curvature) <= rounding * largest * size) | (ry <= 0) | (left <= rounding * largest * travelled)
         lost = lost | (curvature <= 0) if narrow else lost
-        ended = xp.where(lost, rounded, xp.where(curvature < 0, negative, iterating))
-        ended = xp.where(xp.isfinite(curvature) & xp.isfinite(ry), ended, not_finite)
-        state = xp.where(state == iterating, ended, state)
-        least = xp.where((state == negative) & (least == 0), curvature, least)
-        active = state == iterating
+        ended = xp.where(lost, ROUNDED, xp.where(curvature < 0, NEGATIVE, ITERATING))
+        ended = xp.where(xp.isfinite(curvature) & xp.isfinite(ry), ended, NOT_FINITE)
+        state = xp.where(state == ITERATING, ended, state)
+        least = xp.where((state == NEGATIVE) & (least == 0), curvature, least)
+        active = state == ITERATING
         alpha = xp.where(active, ry / curvature, 0)
         x.addcmul_(tensor(alpha * start), p)
         r = torch.addcmul(r, tensor(alpha), Ap, value=-1)
@@ -179,30 +184,44 @@ def conjugate_gradients(
         previous = ry
         y, left, ry = measured(r)
         history.append(left * start / reference)
-        state = xp.where(active & (history[-1] < tolerance), converged, state)
+        state = xp.where(active & (history[-1] < tolerance), CONVERGED, state)
         if step in iterates:
             kept[step] = x.clone()
-        beta = xp.where(state == iterating, ry / previous, 0)
+        beta = xp.where(state == ITERATING, ry / previous, 0)
         p = torch.addcmul(y, tensor(beta), p)
         size = left**2 + beta**2 * size  # ‖p‖² without a preconditioner: then r is orthogonal to the last direction
     final = norms(system.residual(x)) / reference
     residuals = xp.stack(history).reshape(len(history), -1).T.tolist()
-    found = []
-    columns = (numbers.flatten().tolist() for numbers in (state, steps, least, final))
-    for position, (ended, count, below, residual) in enumerate(zip(*columns, strict=True)):
-        if ended == not_finite:
-            raise NumericalError(f"a non-finite value at iteration {count + 1} of conjugate gradient", position)
-        if ended == negative:
-            raise NumericalError(
-                f"negative curvature {below:.3g} at iteration {count + 1}: not positive semidefinite", position
-            )
-        if not math.isfinite(residual):
-            raise NumericalError(f"a non-finite solution after {count} iterations of conjugate gradient", position)
-        own = position if batched else ...
-        copies = {k: kept.get(k, x)[own] for k in iterates}
-        path = tuple(residuals[position][: count + 1])
-        found.append(Solution(x[own], outcomes[ended], count, path, residual, copies))
-    return found
+    columns = zip(*(numbers.flatten().tolist() for numbers in (state, steps, least, final)), strict=True)
+    copies = {k: kept.get(k, x) for k in iterates}
+    return [
+        _solution(position if batched else ..., x, copies, residuals[position], ended, count, curvature, residual)
+        for position, (ended, count, curvature, residual) in enumerate(columns)
+    ]
+
+
+def _solution(
+    own: Any,
+    x: Tensor,
+    copies: dict[int, Tensor],
+    residuals: list[float],
+    ended: int,
+    steps: int,
+    curvature: float,
+    residual: float,
+) -> Solution:
+    """Return the solution of the system at `own`, the only one where that is ``...``, or raise why it has none."""
+    position = 0 if own is ... else own
+    if ended == NOT_FINITE:
+        raise NumericalError(f"a non-finite value at iteration {steps + 1} of conjugate gradient", position)
+    if ended == NEGATIVE:
+        raise NumericalError(
+            f"negative curvature {curvature:.3g} at iteration {steps + 1}: not positive semidefinite", position
+        )
+    if not math.isfinite(residual):
+        raise NumericalError(f"a non-finite solution after {steps} iterations of conjugate gradient", position)
+    kept = {k: copy[own] for k, copy in copies.items()}
+    return Solution(x[own], OUTCOMES[ended], steps, tuple(residuals[: steps + 1]), residual, kept)
 
 
 def exact(system: LinearSystem, x0: Tensor) -> Solution:
