@@ -145,20 +145,20 @@ def recipe_of(experts: list[str], base: str, preset: str, names: list[str], valu
         raise gr.Error(str(error)) from None
 
 
-def kept_or_written(text: str, experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> str:
-    """Return the recipe that is there while it is of these experts and base, so that nobody's edits are lost; else a new one."""
+def kept_or_written(text: str, experts: list[str], base: str, preset: str, names: list[str], values: list[Any]) -> Any:
+    """Leave alone the recipe that is there while it is of these experts and base, so that nobody's edits are lost."""
     try:
         recipe = Recipe.from_yaml(text or "")
         if [entry.model for entry in recipe.experts] == experts and (recipe.base or "") == base.strip():
-            return text
+            return gr.skip()
     except MatsError:
         pass
     return recipe_of(experts, base, preset, names, values)
 
 
-def there_or_written(text: str, *form: Any) -> str:
-    """Return the recipe that is there, whatever it is; a new one where none was written yet."""
-    return text if (text or "").strip() else recipe_of(*form)
+def there_or_written(text: str, *form: Any) -> Any:
+    """Leave alone the recipe that is there, whatever it is; write one where there is none."""
+    return gr.skip() if (text or "").strip() else recipe_of(*form)
 
 
 def explained(preset: str) -> str:
@@ -203,19 +203,19 @@ def from_yaml(text: str) -> tuple[str, list[str], Any, str]:
 # --- 3. plan
 
 
-def plan_of(text: str, token: gr.OAuthToken | None) -> tuple[str, str, Any]:
-    """Return what a merge would do, what stands in the way, and whether it can be begun."""
+def plan_of(text: str, token: gr.OAuthToken | None) -> tuple[str, str, Any, str]:
+    """Return what a merge would do, what stands in the way, whether it can be begun, and the recipe that all of this is of."""
     try:
         plan = mats_hub.make_plan(check_ids(Recipe.from_yaml(text or ""), EXAMPLE_EXPERTS), token_of(token))
     except (MatsError, ValueError) as error:
-        return "", problem_list([str(error)]), gr.update(interactive=False)
+        return "", problem_list([str(error)]), gr.update(interactive=False), text
     problems, lacking = [str(problem) for problem in plan.problems], []
     if not problems:
         lacking = what_does_not_fit(plan)
     said = problem_list(problems)
     if lacking:
         said += problem_list(lacking) + elsewhere(token)
-    return str(plan), said, gr.update(interactive=not (problems or lacking))
+    return str(plan), said, gr.update(interactive=not (problems or lacking)), text
 
 
 def elsewhere(token: gr.OAuthToken | None) -> str:

@@ -162,8 +162,9 @@ def plan_step() -> SimpleNamespace:
     """Build the third step: what will happen."""
     problems = gr.HTML()
     plan_text = gr.Code(label="What will happen", interactive=False)
+    recipe = gr.State("")  # that the plan is of: what is merged is what was planned, whatever was written since
     go = gr.Button("Merge", variant="primary", interactive=False)
-    return SimpleNamespace(problems=problems, plan_text=plan_text, go=go)
+    return SimpleNamespace(problems=problems, plan_text=plan_text, recipe=recipe, go=go)
 
 
 def merging_step() -> SimpleNamespace:
@@ -258,13 +259,26 @@ def merge_tab(experts: Any, job: Any, runs: Any, timer: Any) -> tuple[Any, Any, 
         with gr.Step("Publish", id=5):
             last = publish_step()
     connect_choice(walk, experts, first, how, plan)
-    connect_run(walk, job, runs, timer, how, plan, run, result, last)
+    connect_run(walk, job, runs, timer, plan, run, result, last)
     return how.yaml_text, first.marked, first.base, walk
 
 
 def go_to(walk: Any, step: int) -> dict[str, Any]:
     """Return what a button does that leads to a step."""
     return {"fn": lambda: gr.Walkthrough(selected=step), "inputs": None, "outputs": walk, **HIDDEN}
+
+
+def leading(walk: Any, step: int, event: dict[str, Any]) -> dict[str, Any]:
+    """Return what a button does that leads to a step as soon as what is shown there is known.
+
+    As an event of its own, what is shown would come after the visitor may have changed it already.
+    """
+
+    @wraps(event["fn"])
+    def led(*arguments: Any) -> tuple[Any, ...]:
+        return gr.Walkthrough(selected=step), *event["fn"](*arguments)
+
+    return event | {"fn": led, "outputs": [walk, *event["outputs"]]}
 
 
 def tried(fn: Callable[..., Any], inputs: Any, outputs: list[Any], problems: Any) -> dict[str, Any]:
@@ -309,14 +323,14 @@ def connect_choice(
     first.base.blur(**changed)
     example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **QUEUED)
     example.then(**changed).then(**write)
-    first.to_method.click(**go_to(walk, 1)).then(**keep)
+    first.to_method.click(**leading(walk, 1, keep))
     how.preset.change(do.explained, how.preset, how.about, **HIDDEN)
     how.preset.input(**write)
     how.write.click(**write)
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)
     how.apply.click(**tried(do.from_yaml, how.yaml_text, taken, how.problems)).then(**changed)
-    planned = [plan.plan_text, plan.problems, plan.go]
-    how.to_plan.click(**go_to(walk, 2)).then(**there).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
+    planned = [plan.plan_text, plan.problems, plan.go, plan.recipe]
+    how.to_plan.click(**leading(walk, 2, there)).then(do.plan_of, how.yaml_text, planned, **HIDDEN)
 
 
 def connect_run(
@@ -324,14 +338,13 @@ def connect_run(
     job: Any,
     runs: Any,
     timer: Any,
-    how: SimpleNamespace,
     plan: SimpleNamespace,
     run: SimpleNamespace,
     result: SimpleNamespace,
     last: SimpleNamespace,
 ) -> None:
     """Say what the buttons do from the start of a merge on, and what is shown while it runs."""
-    plan.go.click(**tried(do.start, [how.yaml_text, runs], [job, runs, walk, timer], plan.problems))
+    plan.go.click(**tried(do.start, [plan.recipe, runs], [job, runs, walk, timer], plan.problems))
     seen = [run.shown, run.plot, timer, run.stop, run.to_result, walk]
     seen += [result.gallery, result.results, result.layers, last.card]
     timer.tick(do.poll, job, seen, show_progress="hidden", **HIDDEN)
