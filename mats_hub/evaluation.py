@@ -10,7 +10,7 @@ from mats_hub.companions import companions_of
 from mats_hub.loading import load
 from mats_hub.scoring import score
 from mats_hub.source import open_source
-from mats_hub.statistics.dataset import Columns, load_dataset
+from mats_hub.statistics.dataset import Columns, listed, load_dataset
 from mats_hub.statistics.tasks import open_task
 
 
@@ -27,6 +27,7 @@ def evaluate(
     target: str | None = None,
     messages: str | None = None,
     audio: str | None = None,
+    choices: str | Sequence[str] = (),
     processor: str | Path | None = None,
     base: str | Path | None = None,
     batch_size: int = 64,
@@ -35,7 +36,9 @@ def evaluate(
     device: str = "auto",
     token: str | None = None,
 ) -> float:
-    """Return a model's score on a data set: its accuracy in [0, 1] (of labels, or of tokens for language models), or another.
+    """Return a model's score on a data set: its accuracy in [0, 1], or another.
+
+    Accuracy is the share of labels that it tells; of choices, or where there are none of tokens, for a language model.
 
     Args:
         model: a merged model's folder or Hub id, or a transformers model.
@@ -49,6 +52,7 @@ def evaluate(
         target: target text column.
         messages: column of conversations.
         audio: column of sounds.
+        choices: column of the answers to choose from, or one column for each; a language model then chooses the likeliest.
         processor: where tokenizer and processor of images or sounds come from; the merged model itself otherwise.
         base: the base of a merged adapter, when it is not the one it names.
         batch_size: examples in one pass.
@@ -75,7 +79,7 @@ def evaluate(
     below = base or files[0].json("adapter_config.json").get("base_model_name_or_path")
     if below and not companions_of(files[0]):
         files.append(open_source(below, token))
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
+    columns = Columns(listed(text), label, image, target, messages, audio, listed(choices))
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)
     data.sort_by_length()
     return score(data, network.to(place), metric, batch_size, place)

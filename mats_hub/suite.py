@@ -28,6 +28,7 @@ class TaskEntry(Part):
     target: str | None = None
     messages: str | None = None
     audio: str | None = None
+    choices: tuple[str, ...] | str = Field((), description="column of answers to choose from, or one for each")
     metric: Literal["accuracy", "f1", "loss", "perplexity"] = "accuracy"
     examples: int | None = Field(None, ge=1, description="at most so many, drawn by 'seed'; all otherwise")
     seed: int = Field(0, ge=0)
@@ -139,9 +140,10 @@ class Suite(Mapping[str, TaskEntry]):
 
         """
         from mats_hub.evaluation import evaluate
+        from mats_hub.statistics.dataset import Columns
 
         entry = self[name]
-        roles = ("text", "label", "image", "target", "messages", "audio", "metric", "batch_size", "max_length")
+        roles = (*vars(Columns()), "metric", "batch_size", "max_length")
         options: dict[str, Any] = {role: getattr(entry, role) for role in roles}
         data = self.data(name, which, token)
         return evaluate(model, dataset=data, processor=processor, device=device, token=token, **options)

@@ -108,12 +108,12 @@ def tiny_images(count: int, seed: int = 0, size: int = 8) -> list[Any]:
 
 def tiny_bert_classifier(folder: Path | None = None, seed: int = 0, labels: int = 2, **options: Any) -> Any:
     """Return a BERT that classifies texts."""
-    return _bert("BertForSequenceClassification", folder, seed, num_labels=labels, **options)
+    return tiny_bert("BertForSequenceClassification", folder, seed, num_labels=labels, **options)
 
 
 def tiny_bert_body(folder: Path | None = None, seed: int = 0, **options: Any) -> Any:
     """Return a BERT without a head."""
-    return _bert("BertModel", folder, seed, **options)
+    return tiny_bert("BertModel", folder, seed, **options)
 
 
 def tiny_gpt2(folder: Path | None = None, seed: int = 0, **options: Any) -> Any:
@@ -318,7 +318,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _bert(class_name: str, folder: Path | None, seed: int, **options: Any) -> Any:
+def tiny_bert(class_name: str, folder: Path | None = None, seed: int = 0, **options: Any) -> Any:
+    """Return a BERT with a head, by its class."""
     settings = {
         **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
         **{"max_position_embeddings": 32},

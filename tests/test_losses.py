@@ -337,7 +337,7 @@ def test_a_question_and_its_answer_are_a_conversation(plain, chat):
     assert counted(task_of(plain, rows)[1]) == ["it was </s>", "it was dull </s>"]
     assert task_of(plain, rows | {"text": ["the film", "it was"]})[1].task.name == "causal-lm", "the text as trained on"
     with pytest.raises(StatisticsError, match=r"'question' and 'answer' have to hold texts.*--task causal-lm"):
-        next(task_of(plain, {"question": ["so"], "choices": [["it", "film"]], "answer": [1]})[1].batches(1))
+        next(task_of(plain, {"question": ["so"], "answer": [1]})[1].batches(1))
 
 
 # --- words, answers, masked tokens

@@ -41,7 +41,7 @@ FLOORS = (
     ("lora", "output", "statistics.watch", "statistics.storage", "statistics.parallel"),
     ("adapter_opening", "statistics.file"),
     ("statistics.remote",),
-    ("statistics.collect",),
+    ("statistics.collect", "statistics.multiple_choice"),
     ("expert", "statistics.task_data", "statistics.passes"),
     ("statistics.encoding",),
     ("statistics.tasks",),

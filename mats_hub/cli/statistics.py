@@ -44,6 +44,10 @@ def add_commands(commands: Any) -> None:
         "--rank", type=int, help="measure sketches of so many columns, not whole Grams (64 with --for-adapter)"
     )
     statistics.add_argument("--text", action="append", default=[], help="text column; give it twice for sentence pairs")
+    statistics.add_argument(
+        "--choices", action="append", default=[],
+        help="column of the answers to choose from, or given once for each; --label tells the right one",
+    )  # fmt: skip
     for name, text in DATA_OPTIONS.items():
         default = {"default": "data"} if name == "labels" else {}
         statistics.add_argument(f"--{name}", help=text, **default)

@@ -183,7 +183,9 @@ def _without_padding(batch: Batch) -> list[Batch]:
     for index in range(_batch_size(batch)):
         example = _example(batch, index)
         mask, labels = example.get("attention_mask"), example.get("labels")
-        cut = {} if mask is None else {key: int(mask.sum()) for key, v in example.items() if _same_shape(v, mask)}
+        cut = {}
+        if mask is not None and mask.dim() == 2:  # choices are several rows of one example
+            cut = {key: int(mask.sum()) for key, v in example.items() if _same_shape(v, mask)}
         if labels is not None and labels.dim() == 2 and "labels" not in cut and not labels.is_floating_point():
             cut["labels"] = int((labels != IGNORED).sum())
         found.append({key: value[:, : cut[key]] if key in cut else value for key, value in example.items()})

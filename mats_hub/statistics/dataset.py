@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,27 +18,49 @@ TEXT_PAIRS = (
     ("premise", "hypothesis"),
     ("question", "sentence"),
     ("question1", "question2"),
+    ("premise", "question"),
+    ("article", "question"),
+    ("sent1", "sent2"),
     ("question", "context"),
     ("instruction", "input"),
 )
 COLUMN_NAMES = {
-    "text": ("text", "sentence", "content", "prompt", "instruction", "question", "problem", "input", "source"),
+    "text": (
+        *("text", "sentence", "content", "prompt", "instruction", "question", "query", "problem", "input", "source"),
+        *("question_stem", "goal", "ctx", "inputs_pretokenized"),
+    ),
     "words": ("tokens", "words"),
     "label": ("label", "labels"),
     "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels"),
     "answers": ("answers",),
+    "choices": ("choices", "options", "endings", "answer_choices"),
+    "right choice": (
+        *("label", "labels", "answer", "answerKey", "answer_index", "answer_idx", "correct", "correct_option", "cop"),
+        *("target", "targets_pretokenized"),
+    ),
     "image": ("image", "img", "images"),
     "target": (
         *("target", "completion", "response", "output", "summary", "answer", "solution"),
-        *("sentence", "transcription"),
+        *("sentence", "transcription", "targets_pretokenized"),
     ),
     "audio": ("audio", "speech"),
     "messages": ("messages", "conversations"),
 }
 """Column names that are taken for a role without being asked; a data set's only column of the right kind is too."""
 
-PLAYED_BY = {"words": "text", "tags": "label", "answers": "label"}
+NUMBERED = re.compile(r"((?:choice|option|solution|sol|ending|answer|op)_?|)([0-9A-Za-z])")
+"""Columns that hold one choice each: choice1 and choice2, ending0 to ending3, A to D."""
+
+PLAYED_BY = {"words": "text", "tags": "label", "answers": "label", "right choice": "label"}
 """Roles that have names of their own, and by which name they are given."""
+
+SEVERAL = ("text", "choices")
+"""Roles that several columns may play together."""
+
+
+def listed(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of columns, of which one may be given alone."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,7 @@ class Columns:
     target: str | None = None
     messages: str | None = None
     audio: str | None = None
+    choices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the roles that are taken."""
@@ -64,9 +88,10 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
 
     """
     present = list(dataset.column_names)
-    for column in (*given.text, *(value for role, value in vars(given).items() if role != "text")):
-        if column is not None and column not in present:
-            raise StatisticsError(unknown("column", column, present))
+    for value in vars(given).values():
+        for column in value if isinstance(value, tuple) else (value,):
+            if column is not None and column not in present:
+                raise StatisticsError(unknown("column", column, present))
     chosen: dict[str, Any] = {}
     for kind in roles:
         role = PLAYED_BY.get(kind, kind)
@@ -75,21 +100,35 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
             raise StatisticsError(
                 f"cannot tell which column is the {kind}; name it with --{role}. The data set has: {', '.join(present)}"
             )
-        chosen[role] = value or None
-    return Columns(
-        text=tuple(chosen.get("text") or ()),
-        **{role: chosen.get(role) for role in ("label", "image", "target", "messages", "audio")},
-    )
+        if value:
+            chosen[role] = value
+    return Columns(**chosen)
 
 
 def infer_role(role: str, present: Sequence[str]) -> Any:
-    """Return the column that plays a role, of texts a tuple of them, told by its name; None where no name tells."""
+    """Return the column that plays a role, told by its name, a tuple where several may; None where no name tells."""
     if role == "text" and "text" not in present:
         for pair in TEXT_PAIRS:
             if set(pair) <= set(present):
                 return pair
     named = [name for name in COLUMN_NAMES[role] if name in present]
-    return (named[0],) if named and PLAYED_BY.get(role, role) == "text" else (named[0] if named else None)
+    if role == "choices" and not named:
+        return _numbered(present)
+    several = PLAYED_BY.get(role, role) in SEVERAL
+    return (named[0],) if named and several else (named[0] if named else None)
+
+
+def _numbered(present: Sequence[str]) -> tuple[str, ...] | None:
+    """Return columns whose names differ in their number or letter alone, from the first one (0, 1, a, A) on."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(present):
+        if found := NUMBERED.fullmatch(name):
+            families.setdefault(found[1], []).append(found[2])
+    for stem, ends in families.items():
+        codes = [ord(end) for end in ends]
+        if len(ends) > 1 and ends[0] in "01aA" and codes == list(range(codes[0], codes[0] + len(codes))):
+            return tuple(stem + end for end in ends)
+    return None
 
 
 def load_dataset(

@@ -10,6 +10,7 @@ import torch
 
 from mats_hub.errors import StatisticsError, unknown
 from mats_hub.statistics.collect import IGNORED
+from mats_hub.statistics.multiple_choice import choices_of, right_answer, right_choice
 from mats_hub.statistics.task_data import TaskData, plain_name, predicts_numbers
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -40,6 +41,23 @@ def text_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     return {**text(data, row), **_label(data, row)}
 
 
+def multiple_choice(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens of a question with each of its choices, a batch of one, and the place of the right one.
+
+    Of two texts the first is what the question is about, and a choice stands behind the second (Zellers et al. 2018).
+    """
+    *about, asked = _texts(data, row)
+    choices = choices_of(data.columns, row)
+    seconds = [f"{asked} {choice}" if about else choice for choice in choices]
+    firsts = [about[0] if about else asked] * len(choices)
+    found = data.tokenizer(
+        *(firsts, seconds), padding=True, truncation=data.max_length is not None, max_length=data.max_length,
+        return_tensors="pt",
+    )  # fmt: skip
+    features = {name: values[None] for name, values in found.items()}
+    return {**features, "labels": right_choice(data.columns, row)} if data.columns.label else features
+
+
 def causal_lm(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's tokens, which are its labels, too."""
     features = text(data, row)
@@ -57,7 +75,7 @@ def completion(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     A prompt and its completion, in columns of these names, are taken as they are, or as one conversation where they are lists of
     messages. Others are put through the chat template, or into two lines where there is none.
     """
-    columns, said = data.columns, row[data.columns.target or ""]
+    columns, said = data.columns, right_answer(data.columns, row)
     if isinstance(said, list):
         before = _conversation(row, columns.text[0])
         return _cut(data, _answers(data, [*before, *_conversation(row, columns.target or "")], len(before)))
@@ -143,7 +161,7 @@ def image_chat(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
         messages = _conversation(row, columns.messages)
     else:
         asked = " ".join(row[column] for column in columns.text)
-        messages = _asked_and_said(asked, row[columns.target or ""])
+        messages = _asked_and_said(asked, right_answer(columns, row))
     images = row[columns.image or ""] or []
     return _answers(data, _with_images(messages, images if isinstance(images, list) else [images]))
 
@@ -253,7 +271,9 @@ def span(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 def seq2seq(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return a text's tokens, and as labels those of the text that it becomes."""
     target = data.tokenizer(
-        text_target=row[data.columns.target or ""], truncation=data.max_length is not None, max_length=data.max_length
+        text_target=right_answer(data.columns, row),
+        truncation=data.max_length is not None,
+        max_length=data.max_length,
     )
     return {**text(data, row), "labels": list(target["input_ids"])}
 

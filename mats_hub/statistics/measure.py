@@ -24,7 +24,7 @@ from mats_hub.recipe import STATISTICS_KINDS
 from mats_hub.source import open_source
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.collect import NO_EXAMPLE, Survey, collect, survey
-from mats_hub.statistics.dataset import Columns, load_dataset
+from mats_hub.statistics.dataset import Columns, listed, load_dataset
 from mats_hub.statistics.file import Provenance, Statistics
 from mats_hub.statistics.parallel import total
 from mats_hub.statistics.passes import Record, costs, divide, free_memory
@@ -58,6 +58,7 @@ def compute_statistics(
     target: str | None = None,
     messages: str | None = None,
     audio: str | None = None,
+    choices: str | Sequence[str] = (),
     labels: str = "data",
     task: str | None = None,
     base: str | None = None,
@@ -101,6 +102,7 @@ def compute_statistics(
         image: image column.
         target: target text column.
         audio: column of sounds, as `datasets.Audio` decodes them or as lists of samples.
+        choices: column of the answers to choose from, or one column for each; `label` tells the right one.
         messages: column of conversations (lists of role and content), put through the tokenizer's chat template; only the
             assistant's tokens count in the loss.
         labels: ``data`` (empirical Fisher) or ``model`` (true Fisher: drawn from the model's own predictions).
@@ -150,7 +152,7 @@ def compute_statistics(
     network = load(expert, base_source, dtype, device_map or str(place))
     place = next(network.parameters()).device
     only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
-    columns = Columns((text,) if isinstance(text, str) else tuple(text), label, image, target, messages, audio)
+    columns = Columns(listed(text), label, image, target, messages, audio, listed(choices))
     files = [source, *([base_source] if base_source else [])]
     if dataset is None:
         loaded = generate(network, files, examples, max_length or 128, seed, place)
@@ -182,8 +184,8 @@ def compute_statistics(
     seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None, forward)
     room = parse_size(memory) if memory is not None else free_memory(place, processes)
     weights = (source.fingerprint, base_source and base_source.fingerprint)
-    choices = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
-    settings = map(str, (*weights, loaded._fingerprint, *choices, processes, memory, __version__))
+    asked = (kinds, rank, labels, seed, dtype, size, data.max_length, columns, data.task.name)
+    settings = map(str, (*weights, loaded._fingerprint, *asked, processes, memory, __version__))
     record = Record(Path(output) if output else None, settings, process)
     passes = agreed(record.passes(divide(costs(network, seen, kinds, only, rank), room) or [[]]))
     measurement = Measurement(network, data, kinds, sketch, seen, size, place, process, processes, progress or silent)

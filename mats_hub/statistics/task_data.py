@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mats_hub.errors import StatisticsError
 from mats_hub.statistics.collect import IGNORED
 from mats_hub.statistics.dataset import Columns
+from mats_hub.statistics.multiple_choice import choices_of, right_choice
 
 PHRASE = "a photo of a {}"
 """How a class's name is put in words for a model of images and texts (Radford et al. 2021, section 3.1.4)."""
@@ -34,7 +36,8 @@ class Task:
         of_span: whether the labels are the first and the last token of an answer.
         of_path: whether each frame tells a token or none, and the labels are what is left of them (CTC, Graves et al. 2006).
         tokenizes: whether there are texts in it, so that it needs a tokenizer.
-        batched: whether an example's tensors are a batch of one already, as what a processor makes of several images.
+        batched: whether an example's tensors are a batch of one already, as what a processor makes of several images, or a
+            tokenizer of several choices.
         classifies: whether it gives an example, or a token, one of the model's labels, of which there is an F1.
         mapping: transformers' table of the classes that do it, where their names do not tell.
         processor: the class that reads images or sounds, and the files it may come from.
@@ -149,11 +152,14 @@ class TaskData:
             self.tokenizer(phrases, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         )
 
-    def _features(self, index: int) -> dict[str, Any]:
+    def _features(self, index: int, choice: int | None = None) -> dict[str, Any]:
+        """Return an example's features; with `choice` as if that were the right one."""
         try:
             row = self.dataset[index]
         except (ImportError, OSError, RuntimeError) as error:  # of what decodes images and sounds
             raise StatisticsError(f"example {index} of the data set cannot be decoded: {error}") from error
+        if choice is not None:
+            row[self.columns.label] = choice
         try:
             features = self.task.encode(self, row)
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # of tokenizers and processors, too
@@ -225,7 +231,7 @@ class TaskData:
 
         Its tokens are a list; what the processor makes besides is a batch of one.
         """
-        reader, name = (self.processor, "processor") if self.task.batched else (self.tokenizer, "tokenizer")
+        reader, name = (self.processor, "processor") if self.processor else (self.tokenizer, "tokenizer")
         if not reader.chat_template:
             raise StatisticsError(f"the {name} has no chat template; give the data as plain text (--text)")
         how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -237,14 +243,14 @@ class TaskData:
                 f"{error}; leave such conversations out"
             ) from error
         ids = found.pop("input_ids")[0].tolist()
-        return {"input_ids": ids, **found} if self.task.batched else {"input_ids": ids}
+        return {"input_ids": ids, **found} if self.processor else {"input_ids": ids}
 
     def masks(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the masks ``[batch, length]`` of the tokens that count: the encoder's (or only) and the decoder's."""
         masks = []
         masked = {**batch, **self.classes}
         if "attention_mask" in masked:
-            masks.append(masked["attention_mask"].bool())
+            masks.append(masked["attention_mask"].bool().flatten(0, -2))  # choices are a batch inside of the model
         if self.task.per_token and self.config.is_encoder_decoder and "labels" in batch:
             masks.append(batch["labels"] != IGNORED)
         return masks
@@ -285,15 +291,39 @@ class TaskData:
             )
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])
-        logits, labels = self.shifted(output.logits, batch["labels"])
+        return self._token_losses(output.logits, batch["labels"]).sum()
+
+    def _token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return each example's mean negative log-likelihood of its tokens, ``[batch]``."""
+        logits, labels = self.shifted(logits, labels)
         losses = nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
         )
-        return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).sum()
+        return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+    def _right_choices(self, model: nn.Module, size: int, device: torch.device | str) -> float:
+        """Return the share of examples whose right choice is the likeliest of all by the mean over its tokens.
+
+        The rank classification of Sanh et al. 2022, section 3, for lengths that differ (Liu et al. 2022, section 3.2).
+        """
+        rows = self.dataset.select_columns([*self.columns.choices, self.columns.label])
+        counts = [len(choices_of(self.columns, row)) for row in rows]
+        said = [(index, place) for index, count in enumerate(counts) for place in range(count)]
+        losses: list[float] = []
+        size = 1 if self.singly else size
+        for start in range(0, len(said), size):
+            features = [self._features(index, place) for index, place in said[start : start + size]]
+            batch = {key: value.to(device) for key, value in self._padded(features).items()}
+            losses += self._token_losses(self.logits(model, batch), batch["labels"]).tolist()
+        right, left = 0, iter(losses)
+        for row, count in zip(rows, counts, strict=True):
+            own = list(islice(left, count))
+            right += own.index(min(own)) == right_choice(self.columns, row)
+        return right / max(len(counts), 1)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, batch_size: int = 64, device: torch.device | str = "cpu") -> float:
-        """Return the share of labels (of tokens, for language models) that `model` predicts, in [0, 1].
+        """Return the share of labels (of tokens or choices, for language models) that `model` predicts, in [0, 1].
 
         Raises:
             StatisticsError: the model predicts numbers, not labels.
@@ -307,6 +337,8 @@ class TaskData:
             )
         several = not self.classes and self.config.problem_type == "multi_label_classification"
         model.eval()
+        if self.columns.choices and self.task.per_token:
+            return self._right_choices(model, batch_size, device)
         right = count = 0
         for batch in self.batches(batch_size, device):
             logits, labels = self.logits(model, batch), batch["labels"]

@@ -21,6 +21,7 @@ from mats_hub.statistics.encoding import (
     image_chat,
     image_classification,
     masked_lm,
+    multiple_choice,
     seq2seq,
     span,
     speech,
@@ -31,7 +32,10 @@ from mats_hub.statistics.encoding import (
 )
 from mats_hub.statistics.task_data import Task, TaskData
 
-ASKED = {"prompt", "question", "instruction", "problem", "input", "source"}
+ASKED = {
+    *("prompt", "question", "instruction", "query", "problem", "input", "source"),
+    *("question_stem", "inputs_pretokenized"),
+}
 """Columns that a language model is not measured on alone where another one has what is said to them."""
 
 GENERATED = "text that the model generated itself"
@@ -68,6 +72,9 @@ TASKS: dict[str, Task] = {
     ),
     "question-answering": Task(
         "question-answering", ("ForQuestionAnswering",), ("text", "answers"), span, of_span=True
+    ),
+    "multiple-choice": Task(
+        "multiple-choice", ("ForMultipleChoice",), ("text", "choices", "right choice"), multiple_choice, batched=True
     ),
     "fill-mask": Task("fill-mask", ("ForMaskedLM",), ("text",), masked_lm, per_token=True, in_place=True),
     "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), causal_lm, per_token=True),
@@ -208,14 +215,20 @@ def open_task(
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
-    if task is None and kind.batched and not (columns.image or infer_role("image", dataset.column_names)):
-        kind = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"]
-    talks = columns.messages or (not columns.text and infer_role("messages", dataset.column_names))
+    present = dataset.column_names
+    sees = kind.name == "image-text-to-text"
+    if task is None and sees and not (columns.image or infer_role("image", present)):
+        kind, sees = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"], False
+    talks = columns.messages or (not columns.text and infer_role("messages", present))
+    told = columns.label or (not columns.text and infer_role("right choice", present))
+    chooses = columns.choices or (told and not (columns.target or talks) and infer_role("choices", present))
     if task is None and kind.name == "causal-lm":
-        asked = not columns.text and ASKED.issuperset(infer_role("text", dataset.column_names) or ("",))
-        answered = columns.target or (asked and infer_role("target", dataset.column_names))
+        asked = not columns.text and ASKED.issuperset(infer_role("text", present) or ("",))
+        answered = columns.target or chooses or (asked and infer_role("target", present))
         kind = TASKS["chat" if talks else "completion" if answered else "causal-lm"]
-    roles = ("image", "messages") if kind.batched and talks else kind.roles
+    roles = ("image", "messages") if sees and talks else kind.roles
+    if chooses and kind.encode in (completion, seq2seq, image_chat):  # what is said is one of the choices
+        roles = (*(role for role in roles if role != "target"), "choices", "right choice")
     data = TaskData(kind, dataset, infer_columns(dataset, columns, roles, needs_labels), config, singly=kind.batched)
     if kind.processor:
         data.processor = _load_processor(files, *kind.processor)

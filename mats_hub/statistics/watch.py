@@ -274,10 +274,9 @@ class Watch(TorchFunctionMode):
         if not name or parameter.shape != weight.shape:
             return result
         module = name.removesuffix(".weight")
-        if (
-            self._trial and self._batch_size == 1
-        ):  # several rows of one example stand for something else than its tokens
-            single = ids.dim() < 2 or ids.shape[0] == 1
+        if self._trial and self._batch_size == 1:
+            # Several rows of one example stand for something else than its tokens, unless they are masked as such.
+            single = ids.dim() < 2 or ids.shape[0] == 1 or any(ids.shape == mask.shape for mask in self._masks)
             self._sums.per_token[module] = single and self._sums.per_token.get(module, True)
         if self._sums.per_token.get(module):
             counted, times = self._times(ids)
