@@ -35,18 +35,18 @@ def companions_of(source: Source) -> list[str]:
     return [] if names == ["generation_config.json"] else names
 
 
-def copy_companions(sources: Sequence[Source], folder: Path) -> list[str]:
-    """Copy tokenizer, processor and generation config from the first source that has some; return a note when none has."""
+def copy_companions(sources: Sequence[Source], experts: Sequence[Source], folder: Path) -> list[str]:
+    """Copy them from the first source that has some, what sentence-transformers needs from the experts; return notes."""
+    notes = _copy_sentence_modules(experts, folder)
     for source in sources:
-        names = companions_of(source)
-        for name in names:
-            _copy(source, name, folder)
-        if names:
-            return []
-    return ["no tokenizer or processor was found; name a model that has one with 'tokenizer' (--tokenizer)"]
+        if names := companions_of(source):
+            for name in names:
+                _copy(source, name, folder)
+            return notes
+    return ["no tokenizer or processor was found; name a model that has one with 'tokenizer' (--tokenizer)", *notes]
 
 
-def copy_sentence_modules(experts: Sequence[Source], folder: Path) -> list[str]:
+def _copy_sentence_modules(experts: Sequence[Source], folder: Path) -> list[str]:
     """Copy what sentence-transformers does with a body's output, where all experts have it; return notes.
 
     Only modules without weights are copied, as pooling and normalizing; others would have to be merged.

@@ -15,7 +15,7 @@ import torch
 from mats_hub.bundle import BUNDLE_FILE, MASK_FILE, VECTOR_STEM, write_bundle_file
 from mats_hub.card import write_card
 from mats_hub.checkpoint import TORCH_DTYPES, CheckpointWriter, parse_size
-from mats_hub.companions import copy_companions, copy_sentence_modules
+from mats_hub.companions import copy_companions
 from mats_hub.device import choose_device
 from mats_hub.errors import RecipeError
 from mats_hub.initialization import Context
@@ -259,6 +259,5 @@ def extract(
     source = open_source(model, token)
     with staged(target) as stage:
         load(model, task, token=token, base=base).save_pretrained(stage)
-        copy_companions([source], stage)
-        copy_sentence_modules([source], stage)
+        copy_companions([source], [source], stage)
     return target

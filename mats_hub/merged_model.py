@@ -21,7 +21,7 @@ from mats_hub import __version__
 from mats_hub.adapter import FoldedAdapter
 from mats_hub.card import write_card
 from mats_hub.checkpoint import CheckpointWriter
-from mats_hub.companions import copy_companions, copy_sentence_modules
+from mats_hub.companions import copy_companions
 from mats_hub.errors import RecipeError, SourceError
 from mats_hub.expert import Expert
 from mats_hub.journal import Journal, digest_of
@@ -279,8 +279,7 @@ def write_surroundings(plan: Plan, folder: Path) -> list[str]:
         _write_config(plan, folder)
     for expert in plan.experts:
         _write_task(plan, expert, folder / TASKS_FOLDER / expert.name)
-    experts = [expert.source for expert in plan.experts]
-    return [*copy_companions(plan.companions, folder), *copy_sentence_modules(experts, folder)]
+    return copy_companions(plan.companions, [expert.source for expert in plan.experts], folder)
 
 
 def _weights(folder: Path) -> list[Path]:

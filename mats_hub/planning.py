@@ -17,6 +17,7 @@ from mats_hub.architecture import Architecture, align, describe, layer_pattern
 from mats_hub.base import open_base
 from mats_hub.checkpoint import parse_size
 from mats_hub.closed_form import has_closed_form
+from mats_hub.companion_choice import choose_companions
 from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
 from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
@@ -249,7 +250,7 @@ def _fill_entries(plan: Plan) -> None:
             )
         )
     vocabulary.refuse()
-    plan.companions = vocabulary.companions()
+    plan.companions = choose_companions(plan, vocabulary.names)
     for name, clashes in misfits.items():
         more = f" and {len(clashes) - 1} more" if len(clashes) > 1 else ""
         plan.problems.append(

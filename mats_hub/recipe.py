@@ -23,6 +23,7 @@ from mats_hub.initialization_options import (
     Part,
 )
 from mats_hub.methods import AUTO, DEFAULTS, IMPLIED_BY_CURVATURE, METHODS
+from mats_hub.schema_errors import explain
 
 RECIPE_FILE = "mats_recipe.yaml"
 NAME_PATTERN = r"^\w[\w.-]*$"
@@ -296,7 +297,7 @@ class Recipe(Part):
         try:
             return cls.model_validate(filled)
         except ValidationError as error:
-            raise RecipeError(_explain(error)) from None
+            raise RecipeError(explain(error, _part_at, INITIALIZATION_OPTIONS)) from None
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every value written out."""
@@ -377,46 +378,15 @@ def _fill_in(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _explain(error: ValidationError) -> str:
-    """Return pydantic's findings as sentences that name the key, the value and what would be accepted."""
-    found = error.errors()
-    if len(found) > 1:  # a list with a bad entry is also reported as too short
-        found = [details for details in found if details["type"] != "too_short"]
-    return "; ".join(_sentence(details) for details in found)
-
-
-def _sentence(details: Any) -> str:
-    place = [str(step) for step in details["loc"]]
-    where = ".".join(step for step in place if step not in INITIALIZATION_OPTIONS)
-    if details["type"] == "extra_forbidden":
-        owner = _part_at(place[:-1])
-        return f"{where}: {unknown('key', place[-1], owner.model_fields)}"
-    if details["type"] == "union_tag_invalid":
-        return f"{where}: {unknown('initialization', details['ctx'].get('tag'), INITIALIZATION_OPTIONS)}"
-    if details["type"] == "literal_error":
-        known = [part.strip(" '") for part in details["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return f"{where}: {unknown('value', details['input'], known)}"
-    if details["type"] == "missing":
-        return f"{where} is missing"
-    message = details["msg"].removeprefix("Value error, ")
-    shown = "" if details["type"] == "value_error" else f" (it is {str(details['input'])[:80]!r})"
-    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+PARTS: dict[str, type[Part]] = {
+    **{"experts": ExpertEntry, "curvature": Curvature, "solver": Solver, "output": Output},
+    **INITIALIZATION_OPTIONS,
+}
+"""Step to a place in a recipe → the schema's class from there on."""
 
 
 def _part_at(place: Sequence[str]) -> type[Part]:
-    """Return the schema class that a location in a recipe belongs to."""
-    owner: type[Part] = Recipe
-    for step in place:
-        if step == "experts":
-            owner = ExpertEntry
-        elif step in INITIALIZATION_OPTIONS:
-            owner = INITIALIZATION_OPTIONS[step]
-        elif step in PARTS:
-            owner = PARTS[step]
-    return owner
-
-
-PARTS: dict[str, type[Part]] = {"curvature": Curvature, "solver": Solver, "output": Output}
+    return next((PARTS[step] for step in reversed(place) if step in PARTS), Recipe)
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mats_hub.errors import RecipeError
 from mats_hub.initialization_options import Part
+from mats_hub.schema_errors import explain
 
 VALIDATION, TEST = "validation", "test"
 
@@ -96,10 +97,7 @@ class Suite(Mapping[str, TaskEntry]):
             try:
                 tasks[str(name)] = TaskEntry.model_validate(entry)
             except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join([str(name), *(str(step) for step in first["loc"])])
-                known = f"; known: {', '.join(TaskEntry.model_fields)}" if first["type"] == "extra_forbidden" else ""
-                raise RecipeError(f"{label}: {where}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+                raise RecipeError(f"{label}: {name}: {explain(error, lambda place: TaskEntry)}") from None
         return cls(tasks, folder)
 
     def hub_id(self, name: str) -> str | None:

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mats_hub.architecture import align, describe, transformers_config
-from mats_hub.companions import companions_of
-from mats_hub.errors import IncompatibleExperts, MatsError
+from mats_hub.companion_choice import TOKENIZER_FILE, tokens_of
+from mats_hub.errors import IncompatibleExperts
 from mats_hub.plan import Plan
-from mats_hub.source import Source, open_source
-
-TOKENIZER_FILE = "tokenizer.json"
+from mats_hub.source import Source
 
 UNTOLD = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "vocab_size"),
@@ -113,60 +111,15 @@ class Vocabulary:
                 )
             )
 
-    def companions(self) -> list[Source]:
-        """Return where tokenizer, processor and generation config come from: the first that has some.
-
-        That is the reference, unless the recipe names another; or an expert, where all of them were taught to talk in another
-        way than the reference does, as chat models trained from a base that has no chat template.
-        """
-        plan = self._plan
-        usual = [plan.reference.source, *(expert.source for expert in plan.experts)]
-        if plan.recipe.tokenizer:
-            try:
-                return [open_source(plan.recipe.tokenizer, plan.experts[0].source.token)]
-            except MatsError as error:
-                plan.problems.append(error)
-                return usual
-        if not companions_of(plan.reference.source):
-            return usual
-        given = _talk(plan.reference.source)
-        talking = {e.name: (e.source, _talk(e.source)) for e in plan.experts if companions_of(e.source)}
-        others = {name: _changed(given, talk) for name, (_, talk) in talking.items()}
-        if not any(others.values()):
-            return usual
-        sources = sorted(
-            (source for source, _ in talking.values()), key=lambda s: "generation_config.json" not in s.sizes
-        )
-        what = " and ".join(next(filter(None, others.values())))
-        if all(talk == talking[next(iter(talking))][1] for _, talk in talking.values()) and self._fits(sources[0]):
-            plan.notes.append(
-                f"tokenizer and generation config are the experts', which agree on another {what} than the base"
-            )
-            return [sources[0], *usual]
-        named = " and ".join(repr(name) for name, found in others.items() if found)
-        plan.notes.append(
-            f"the {what} of {named} differs from that of {plan.reference.source.public_spec!r}, whose tokenizer is kept; name "
-            "another with 'tokenizer' (--tokenizer)"
-        )
-        return usual
-
-    def _fits(self, source: Source) -> bool:
-        """Tell whether a tokenizer gives the reference's tokens their ids, and none beyond the rows there are."""
-        reference, own, added = self._plan.reference, _tokens(source), source.json(TOKENIZER_FILE).get("added_tokens")
-        ids = [*own.values(), *(token["id"] for token in added or () if isinstance(token, dict) and "id" in token)]
-        rows = min((reference.headers[name].shape[0] for name in self.names), default=0)
-        moved = any(own.get(token, at) != at for token, at in _tokens(reference.source).items())
-        return self._policy == "error" and bool(own) and not moved and max(ids) < rows
-
     def _check_tokens(self) -> None:
         """Refuse experts whose tokenizer gives a token of the reference another id: their embeddings mean something else."""
         plan = self._plan
         merged = [e for e in plan.experts if any(e.holds(key) and e.names[key] in e.whole for key in self.names)]
-        theirs = _tokens(plan.reference.source) if merged else {}
+        theirs = tokens_of(plan.reference.source) if merged else {}
         for expert in merged if theirs and self._policy != "base" else ():
             if expert.source is plan.reference.source or _same_file(expert.source, plan.reference.source):
                 continue
-            own = _tokens(expert.source)
+            own = tokens_of(expert.source)
             moved = [(token, own[token], at) for token, at in theirs.items() if own.get(token, at) != at]
             if moved:
                 token, here, there = min(moved, key=lambda found: found[2])
@@ -179,36 +132,6 @@ class Vocabulary:
                 )
 
 
-def _talk(source: Source) -> dict[str, str]:
-    """Return how one talks to a model: its chat template, and the token that ends a text, as far as it has them."""
-    try:
-        config = source.json("tokenizer_config.json")
-        in_file = "chat_template.jinja" in source.sizes
-        template = (
-            source.path("chat_template.jinja").read_text(encoding="utf-8") if in_file else config.get("chat_template")
-        )
-    except (MatsError, UnicodeDecodeError):  # what cannot be read says nothing
-        return {}
-    end = config.get("eos_token")
-    found = {"chat template": template, "end of text": end.get("content") if isinstance(end, dict) else end}
-    return {name: value if isinstance(value, str) else repr(value) for name, value in found.items() if value}
-
-
-def _changed(given: Mapping[str, str], talk: Mapping[str, str]) -> list[str]:
-    return [name for name, value in talk.items() if value != given.get(name)]
-
-
 def _same_file(one: Source, other: Source) -> bool:
     digests = [source.digests.get(TOKENIZER_FILE) for source in (one, other)]
     return digests[0] is not None and digests[0] == digests[1]
-
-
-def _tokens(source: Source) -> dict[str, int]:
-    """Return token → id from a tokenizer.json; empty when there is none, or it is of another form."""
-    model = source.json(TOKENIZER_FILE).get("model")
-    held = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(held, dict):
-        return {str(token): index for token, index in held.items() if isinstance(index, int)}
-    if isinstance(held, list):
-        return {str(entry[0]): index for index, entry in enumerate(held) if isinstance(entry, list) and entry}
-    return {}

@@ -191,8 +191,11 @@ def test_the_commands(local, tasks, tmp_path, capsys):
     ("content", "said"),
     [
         ({}, "holds no tasks"),
-        ({"a": {"dataset": "x/y", "metrics": "f1"}}, r"a\.metrics: .*; known: dataset, config"),
-        ({"a": {"dataset": "x/y", "metric": "f2"}}, r"a\.metric: Input should be 'accuracy'"),
+        (
+            {"a": {"dataset": "x/y", "metrics": "f1"}},
+            r"a: metrics: unknown key 'metrics'. Did you mean 'metric'\? Known: dataset, config",
+        ),
+        ({"a": {"dataset": "x/y", "metric": "f2"}}, "a: metric: unknown value 'f2'. Known: accuracy, f1"),
         ({"a": {"validation": "validation"}}, "without 'dataset', 'validation' and 'test' are files"),
         ({"a": 3}, "a: Input should be a valid dictionary"),
     ],

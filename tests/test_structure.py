@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
     ("errors", "initialization_options", "methods"),
+    ("schema_errors",),
     (
         "hf_extension",
         "recipe",
@@ -50,7 +51,8 @@ FLOORS = (
     ("statistics",),
     ("plan",),
     ("coverage", "adapter_planning", "matching"),
-    ("base", "vocabulary", "reading"),
+    ("base", "companion_choice", "reading"),
+    ("vocabulary",),
     ("thresholds",),
     ("planning", "merging", "scoring"),
     ("evaluation",),
