@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 import merge_actions as do
 import named_actions
+import recipe_form
 from model_search import search_box
 from presets import TITLES
 
@@ -124,18 +125,18 @@ def how_step() -> SimpleNamespace:
     """Build the second step: the recipe."""
     preset = gr.Radio(TITLES, value=TITLES[0], label="Method")
     about = gr.Markdown(
-        do.explained(TITLES[0]),
+        recipe_form.explained(TITLES[0]),
         latex_delimiters=[{"left": "$$", "right": "$$", "display": True}],
         min_height=130,  # what is below stays where it is when another method is explained
     )
     names, inputs = [], []
     with gr.Accordion("Advanced: every option", open=False):
-        for part, fields in do.schema_fields().items():
+        for part, fields in recipe_form.schema_fields().items():
             gr.Markdown(f"**{part}**")
             with gr.Row():
                 for name, field in fields.items():
                     names.append(name)
-                    inputs.append(do.component(name, field))
+                    inputs.append(recipe_form.component(name, field))
     write = gr.Button("Write the recipe", variant="primary")
     problems = gr.HTML()
     yaml_text = gr.Code(language="yaml", label="Recipe (editable; Escape and Tab leave it)", lines=8, max_lines=18)
@@ -315,16 +316,16 @@ def connect_choice(
 
         return tried(written, [*before, *form], [how.yaml_text], how.problems) | latest
 
-    write = writing(do.recipe_of)
-    keep = writing(do.kept_or_written, how.yaml_text)
-    there = writing(do.there_or_written, how.yaml_text)
+    write = writing(recipe_form.recipe_of)
+    keep = writing(recipe_form.kept_or_written, how.yaml_text)
+    there = writing(recipe_form.there_or_written, how.yaml_text)
     first.found.submit(**tried(do.add, [first.found, experts], chosen, first.problems)).then(**changed)
     first.drop.click(do.remove, [first.marked, experts], chosen, **HIDDEN).then(**changed)
     first.base.blur(**changed)
     example = first.example.click(do.use_example, None, [*chosen, first.base, how.preset], **QUEUED)
     example.then(**changed).then(**write)
     first.to_method.click(**leading(walk, 1, keep))
-    how.preset.change(do.explained, how.preset, how.about, **HIDDEN)
+    how.preset.change(recipe_form.explained, how.preset, how.about, **HIDDEN)
     how.preset.input(**write)
     how.write.click(**write)
     how.yaml_text.change(do.link_to, how.yaml_text, how.link, **HIDDEN)

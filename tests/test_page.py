@@ -266,7 +266,7 @@ def test_a_merge_survives_a_reload_and_stops_when_told_to(visit, page_module, pu
     click(page, "Next: choose how")
     choose_average(page)
     # The explanation is of another height, and moves the button below it: no click while it may come.
-    page.get_by_text(page_module.do.explained("Average").partition("\n")[0]).wait_for()
+    page.get_by_text(page_module.recipe_form.explained("Average").partition("\n")[0]).wait_for()
     before = len(page_module.do.JOBS._jobs)
     slow = page_module.do.JOBS.start(page_module.do.check_ids(recipe, page_module.do.EXAMPLE_EXPERTS), TOKEN, slowly)
     click(page, "Next: see the plan")
@@ -601,16 +601,16 @@ def test_a_page_that_opens_late_takes_nothing_away(page_module):
 def test_every_option_of_the_schema_is_on_the_page(page_module):
     from mats_hub.recipe import OPTION_OWNERS
 
-    shown = {name for fields in page_module.do.schema_fields().values() for name in fields}
+    shown = {name for fields in page_module.recipe_form.schema_fields().values() for name in fields}
     assert shown == {"weight", *OPTION_OWNERS}
-    for preset in page_module.do.PRESETS:
+    for preset in page_module.recipe_form.PRESETS:
         Recipe.build(["a/b"], base="c/d", **preset.options)
 
 
 def test_experts_have_weights(page_module):
     def written(weights: str) -> Recipe:
         form = ["a/b", "c/d"], "e/f", page_module.do.TITLES[0], ["weight"], [weights]
-        return Recipe.from_yaml(page_module.do.recipe_of(*form))
+        return Recipe.from_yaml(page_module.recipe_form.recipe_of(*form))
 
     assert [entry.weight for entry in written("").experts] == [1, 1]
     assert [entry.weight for entry in written("1.5 -0.5").experts] == [1.5, -0.5]
