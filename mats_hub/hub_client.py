@@ -61,8 +61,8 @@ def hub_errors(spec: str, error_class: type[MatsError] = SourceError) -> Iterato
         if not is_connection_error(error):
             raise
         raise error_class(
-            f"{spec!r}: cannot reach the Hub ({type(error).__name__}). Check the network connection or HF_ENDPOINT, "
-            "or use local folders"
+            f"{spec!r}: cannot reach the Hub ({type(error).__name__}). Check the network connection or HF_ENDPOINT; "
+            "without a network HF_HUB_OFFLINE=1 takes what this machine's cache has, or use local folders"
         ) from error
 
 

@@ -19,6 +19,8 @@ from mats_hub.tensor_header import TensorHeader, check_header, read_header
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 """Of these one says where the weights are."""
 
+CONFIGS = ("config.json", "adapter_config.json")
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
 SUBFOLDER = re.compile(r"^(?:/\w[\w.=+-]*)*$")
 
@@ -35,7 +37,6 @@ class Source:
         subfolder: the folder of the repository that the model is in; empty where it is the repository.
         sizes: file names (POSIX, relative) and their sizes in bytes.
         digests: sha256 of the files the Hub knows it for.
-        card: the front matter the Hub holds for it (empty for a local folder: read from README.md instead).
         token: the token files are fetched with; None takes the one stored on this machine.
         streamed: whether weights that are not on this machine are read by range and never stored.
 
@@ -101,6 +102,8 @@ class Source:
                 fetched = persistently(
                     partial(hf_hub_download, self.repo_id, there, revision=self.commit, token=self.token)
                 )
+                if filename in CONFIGS:
+                    self._remember_revision(there)
             path = Path(fetched)
             if not fresh or file_sha256(path) == self.digests[filename]:  # the client checks only the length
                 return path
@@ -110,6 +113,15 @@ class Source:
             f"{self.spec!r}: {filename} came with other bytes than the Hub says it has, {TRIES} times; nothing of it was kept. "
             "Try again later, or over another connection"
         )
+
+    def _remember_revision(self, there: str) -> None:
+        """Let the cache know which commit the revision names: offline it would not find what was fetched by the commit alone."""
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        named = self.spec.partition("@")[2] or "main"
+        known = try_to_load_from_cache(self.repo_id or "", there, revision=named)
+        if named != self.commit and not (isinstance(known, str) and self.commit in Path(known).parts):
+            persistently(partial(hf_hub_download, self.repo_id or "", there, revision=named, token=self.token))
 
     def json(self, filename: str) -> dict[str, Any]:
         """Return the JSON object in a file; an empty one when the file is not there."""

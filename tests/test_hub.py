@@ -198,6 +198,20 @@ def test_offline_uses_the_cache_or_says_so(hub, published, monkeypatch, tmp_path
         open_source("alice/beta")
 
 
+def test_a_merge_is_repeated_offline_by_the_same_names(hub, published, monkeypatch, tmp_path):
+    fresh_cache(monkeypatch, tmp_path / "cache")
+    huggingface_hub.create_branch("alice/beta", branch="draft", token=published)
+    hub.commit("alice/beta", {"notes.txt": b"later"}, branch="draft")
+    names = ["alice/alpha", "alice/beta@draft"]
+    first = mats_hub.merge(names, base="alice/base", method="average", token=published)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    again = mats_hub.merge(names, base="alice/base", method="average")
+    assert not hub.requests
+    assert again.report.files == first.report.files
+    assert again.report.recipe == first.report.recipe
+
+
 def test_a_local_folder_wins_over_an_id_of_the_same_name(hub, published, local, tmp_path, monkeypatch):
     shutil.copytree(local.experts[0], tmp_path / "alice" / "alpha")
     monkeypatch.chdir(tmp_path)
