@@ -254,6 +254,25 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(**_with_floats(dict(config)))
 
 
+def filled_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what transformers takes for the fields that it leaves out."""
+    if not config.get("model_type"):
+        return dict(config)
+    try:
+        return dict(transformers_config(config).to_dict())
+    except Exception:  # not a config of this version of transformers: taken as it is written
+        return dict(config)
+
+
+def part_config(whole: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a config says of its part of another's kind, as CLIP's of the encoder that sees; None where it has none."""
+    kind = part.get("model_type")
+    if not kind or kind == whole.get("model_type"):
+        return None
+    held = (value for value in filled_config(whole).values() if isinstance(value, dict))
+    return next((value for value in held if value.get("model_type") == kind), None)
+
+
 def _with_floats(value: Any) -> Any:
     """Put the floats that JSON does not have in the place of what transformers writes for them."""
     if isinstance(value, dict):

@@ -254,7 +254,7 @@ def evaluate_tasks(
             network = load(experts[name], dtype="float32", token=token, base=base)
             processor = _processor(experts[name], model, token)
             rows.append(
-                {**facts, "model": "expert", "value": suite.score(name, part, network, processor, device, token)}
+                {**facts, "model": "expert", "value": suite.score(name, part, network, processor, device, token, base)}
             )
     return rows
 
@@ -295,8 +295,8 @@ def _scored(
     for name in counted:
         expert = names[name]
         processor = _processor(str(expert.source.folder or expert.source.public_spec), spec or "", token)
-        network = load_expert(expert, base if expert.adapter else None)
-        experts[name] = suite.score(name, part, network, processor, str(place), token)
+        network = load_expert(expert, base)
+        experts[name] = suite.score(name, part, network, processor, str(place), token, spec)
     with tempfile.TemporaryDirectory(prefix="mats_hub-") as folder:
         for candidate in merge_candidates(candidates, Path(folder), place, token, progress):
             if candidate.problem or candidate.folder is None:

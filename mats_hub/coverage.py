@@ -90,7 +90,9 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     otherwise = {piece.parameter for made in facts.pieces.values() for piece in made} | facts.shapes.keys()
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
-        names = align(covered, plan.reference.headers, {**expert.architecture.stored_names, **stored_names})
+        # The other parts of a model may have modules of the same names.
+        held: Collection[str] = expert.names if expert.is_part else plan.reference.headers
+        names = align(covered, held, {**expert.architecture.stored_names, **stored_names})
         # A tied weight may be measured under a name that a checkpoint does not have.
         tied = {
             alias: name for alias, name in expert.architecture.tied.items() if alias in covered and alias not in names

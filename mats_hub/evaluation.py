@@ -54,7 +54,8 @@ def evaluate(
         audio: column of sounds.
         choices: column of the answers to choose from, or one column for each; a language model then chooses the likeliest.
         processor: where tokenizer and processor of images or sounds come from; the merged model itself otherwise.
-        base: the base of a merged adapter, when it is not the one it names.
+        base: the base of an adapter, when it is not the one it names; or that of which the model is a part, and into which it is
+            put.
         batch_size: examples in one pass.
         max_length: tokens after which a text is cut.
         metric: ``accuracy``, ``f1``, ``loss`` or ``perplexity``; see `mats_hub.scoring.score`.
@@ -77,7 +78,7 @@ def evaluate(
         )
     files = [open_source(processor if processor is not None else model, token)]
     below = base or files[0].json("adapter_config.json").get("base_model_name_or_path")
-    if below and not companions_of(files[0]):
+    if below and (base or not companions_of(files[0])):
         files.append(open_source(below, token))
     columns = Columns(listed(text), label, image, target, messages, audio, listed(choices))
     data = open_task(type(network).__name__, network.config, files, loaded, columns, max_length=max_length)

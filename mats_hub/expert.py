@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter
 from mats_hub.adapter_opening import open_adapter
-from mats_hub.architecture import Architecture, align, describe
+from mats_hub.architecture import Architecture, align, describe, part_config
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
 from mats_hub.lora import LoraAdapter
@@ -26,6 +27,7 @@ class Expert:
         adapter: its adapter, or None for a full checkpoint.
         names: reference tensor → the expert's own name for it; filled by `align_to`.
         rows: reference tensor → how many of its leading rows are merged, where that is not all of them.
+        is_part: whether it is but a part of the reference; filled by `align_to`.
         extra: the expert's own tensors that the reference does not have (heads), held whole.
 
     Raises:
@@ -41,6 +43,7 @@ class Expert:
         self.names: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.extra: list[str] = []
+        self.is_part = False
 
     @property
     def kind(self) -> str:
@@ -60,6 +63,7 @@ class Expert:
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         facts = describe(reference.config)
+        self.is_part = self.is_part_of(reference.config)
         if self.adapter:
             self.adapter.settle(facts, reference)
         own = [*self.whole, *(self.adapter.changed if self.adapter else ())]
@@ -84,6 +88,10 @@ class Expert:
         pieces = describe(reference.config).pieces
         self.adapter.as_stored({name: pieces[name] for name in align(pieces, reference.headers)})
         self.align_to(reference)
+
+    def is_part_of(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether it is a part alone of the model that a config describes, as the encoder of CLIP that sees."""
+        return not self.adapter and part_config(config, self.config) is not None
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of the weight behind one of its own names."""
@@ -125,9 +133,9 @@ class Expert:
 
     def task_config(self, base_config: dict[str, Any]) -> dict[str, Any]:
         """Return the config that, with the merged body and this expert's head, gives back its model."""
-        if not self.adapter:
-            return self.config
-        if self.config:
+        if self.is_part:
+            return dict(base_config)
+        if self.config or not self.adapter:
             return self.config
         config = dict(base_config)
         heads = [self.shape(own) for own in self.extra if own in self.whole and own.endswith(".weight")]
@@ -140,6 +148,8 @@ class Expert:
     @property
     def auto_class(self) -> str:
         """The transformers class that loads this expert: its own, or its adapter's task type's; '' is the base's."""
+        if self.is_part:
+            return ""
         if self.adapter and not self.config:
             return TASK_CLASSES.get(str(self.adapter.options.get("task_type")), "")
         return self.architecture.class_name or "AutoModel"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.adapter import FoldedAdapter
-from mats_hub.architecture import describe, transformers_config
+from mats_hub.architecture import describe, part_config, transformers_config
 from mats_hub.bundle import BUNDLE_FILE, Bundle
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
@@ -31,7 +31,8 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
 
     Args:
         expert: what to load.
-        base: the base of an adapter, when it is not the one the adapter names.
+        base: the base of an adapter, when it is not the one the adapter names; or that of which the expert is a part, which is
+            put into it.
         dtype: what to load the weights in.
         device: where to put it, or one of `DEVICE_MAPS`.
 
@@ -40,13 +41,15 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         IncompatibleExperts: an adapter's tensors do not fit the base.
 
     """
-    if expert.adapter is None:
-        model_class, spread = _model_class(expert.auto_class), _device_map(device)
-        model = _from_pretrained(model_class, expert.source, _torch_dtype(dtype), device_map=spread)
+    spread = _device_map(device)
+    if base and expert.is_part_of(base.json(CONFIG_FILE)):
+        model = _with_part(expert, base, dtype, spread)
+    elif expert.adapter is None:
+        model = _from_pretrained(_model_class(expert.auto_class), expert.source, _torch_dtype(dtype), device_map=spread)
     else:
         with quiet():
-            model = _with_adapter(_base_model(expert, base, dtype, _device_map(device)), expert).merge_and_unload()
-    return (model if _device_map(device) else model.to(device)).eval()
+            model = _with_adapter(_base_model(expert, base, dtype, spread), expert).merge_and_unload()
+    return (model if spread else model.to(device)).eval()
 
 
 def load_adapted(expert: Expert, base: Source | None = None, dtype: str = "float32", device: str = "cpu") -> Any:
@@ -111,6 +114,28 @@ def _base_model(expert: Expert, base: Source | None, dtype: str, device_map: str
     return _from_pretrained(model_class, base, _torch_dtype(dtype), config=config, device_map=device_map)
 
 
+def _with_part(expert: Expert, base: Source, dtype: str, device_map: str | None) -> Any:
+    """Return the base with the expert in the place of the part that it is."""
+    model_class = _model_class(describe(base.json(CONFIG_FILE)).class_name or "AutoModel")
+    model = _from_pretrained(model_class, base, _torch_dtype(dtype), device_map=device_map)
+    part = {name: expert.whole_tensor(own) for name, own in part_names(expert, base).items()}
+    strange = model.load_state_dict(part, strict=False).unexpected_keys
+    if strange or not part:
+        raise CheckpointError(
+            f"{expert.source.spec!r} cannot be put into {base.spec!r} as its part: "
+            + (f"the model has no {strange[0]!r}" if strange else "they share no tensor name")
+        )
+    return model
+
+
+def part_names(expert: Expert, base: Source) -> dict[str, str]:
+    """Return, of an expert that is a part of its base, each weight's name in the base's model → its name in the expert."""
+    reference = Checkpoint(base)
+    expert.align_to(reference)
+    in_model = {stored: name for name, stored in describe(reference.config).stored_names.items()}
+    return {in_model.get(key, key): own for key, own in expert.names.items() if reference.headers[key].is_float}
+
+
 def load(
     model: str | Path,
     task: str | None = None,
@@ -129,7 +154,8 @@ def load(
         dtype: what to load the weights in; ``auto`` takes the stored one (of an adapter's base: float32).
         device: where to put it.
         token: Hub token; the one stored on this machine otherwise.
-        base: the base of an adapter or of compressed experts, when it is not the one they name.
+        base: the base of an adapter or of compressed experts, when it is not the one they name; or that of which the model is a
+            part, as the encoder of CLIP that sees, and into which it is put.
 
     Returns:
         A transformers model in eval mode.
@@ -149,8 +175,11 @@ def load(
     dtype = "float32" if adapter and dtype == "auto" else dtype
     if task is not None:
         return _load_task(source, task, adapter, base, dtype).to(device).eval()
+    below = open_source(base, token) if base else None
     if adapter:
-        return load_expert(adapter, open_source(base, token) if base else None, dtype, device)
+        return load_expert(adapter, below, dtype, device)
+    if below and part_config(below.json(CONFIG_FILE), source.json(CONFIG_FILE)):
+        return load_expert(Expert(source, source.name), below, dtype, device)
     name = (source.json(CONFIG_FILE).get("architectures") or ["AutoModel"])[0]
     return _from_pretrained(_model_class(name), source, _torch_dtype(dtype)).to(device).eval()
 

@@ -124,7 +124,14 @@ class Suite(Mapping[str, TaskEntry]):
         return self._opened[name, which]
 
     def score(
-        self, name: str, which: str, model: Any, processor: Any, device: str = "auto", token: Any = None
+        self,
+        name: str,
+        which: str,
+        model: Any,
+        processor: Any,
+        device: str = "auto",
+        token: Any = None,
+        base: str | Path | None = None,
     ) -> float:
         """Return a loaded model's score on one of the tasks.
 
@@ -135,6 +142,7 @@ class Suite(Mapping[str, TaskEntry]):
             processor: folder or id its tokenizer, or processor of images or sounds, comes from.
             device: where to compute.
             token: Hub token.
+            base: where they come from if not from there.
 
         """
         from mats_hub.evaluation import evaluate
@@ -144,4 +152,4 @@ class Suite(Mapping[str, TaskEntry]):
         roles = (*vars(Columns()), "metric", "batch_size", "max_length")
         options: dict[str, Any] = {role: getattr(entry, role) for role in roles}
         data = self.data(name, which, token)
-        return evaluate(model, dataset=data, processor=processor, device=device, token=token, **options)
+        return evaluate(model, dataset=data, processor=processor, base=base, device=device, token=token, **options)

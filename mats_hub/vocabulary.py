@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mats_hub.architecture import align, describe, transformers_config
+from mats_hub.architecture import align, describe, filled_config, part_config
 from mats_hub.companion_choice import TOKENIZER_FILE, tokens_of
 from mats_hub.errors import IncompatibleExperts
 from mats_hub.plan import Plan
@@ -21,11 +21,11 @@ UNTOLD = {
 
 def tell_config_differences(plan: Plan) -> None:
     """Note the config fields (position embeddings, rope, special tokens, …) in which an expert differs from the reference."""
-    given = plan.reference.config
     for expert in plan.experts:
+        given = part_config(plan.reference.config, expert.config) or plan.reference.config
         if not expert.config or not given or _told(expert.config) == _told(given):
             continue
-        own, reference = _filled(expert.config), _filled(given)
+        own, reference = filled_config(expert.config), filled_config(given)
         changed = [
             f"{name} {reference.get(name)!r} → {own.get(name)!r}"
             for name in sorted({*own, *reference} - UNTOLD)
@@ -40,16 +40,6 @@ def tell_config_differences(plan: Plan) -> None:
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in UNTOLD}
-
-
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with what transformers takes for the fields that it leaves out."""
-    if not config.get("model_type"):
-        return dict(config)
-    try:
-        return dict(transformers_config(config).to_dict())
-    except Exception:  # not a config of this version of transformers: compared as it is written
-        return dict(config)
 
 
 class Vocabulary:

@@ -17,7 +17,9 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--tasks", help=TASKS)
     evaluate.add_argument("--part", default="test", choices=("test", "validation"), help="default: %(default)s")
     evaluate.add_argument("--experts", nargs="+", metavar="TASK=MODEL", help="experts to compare with")
-    evaluate.add_argument("--base", help="an adapter's base, when it is not the one it names")
+    evaluate.add_argument(
+        "--base", help="an adapter's base, when it is not the one it names; or the model that it is a part of"
+    )
     evaluate.add_argument("--add", action="store_true", help="add the results to the folder's report and card")
     evaluate.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness instead")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

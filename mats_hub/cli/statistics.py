@@ -51,7 +51,9 @@ def add_commands(commands: Any) -> None:
     for name, text in DATA_OPTIONS.items():
         default = {"default": "data"} if name == "labels" else {}
         statistics.add_argument(f"--{name}", help=text, **default)
-    statistics.add_argument("--base", help="an adapter's base, when it is not the one it names")
+    statistics.add_argument(
+        "--base", help="an adapter's base, when it is not the one it names; or the model that it is a part of"
+    )
     statistics.add_argument("--examples", type=int, default=1000, help="at most so many (default: %(default)s)")
     statistics.add_argument(
         "--batch-size", type=int, default=16, help="results do not depend on it (default: %(default)s)"

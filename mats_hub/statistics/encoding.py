@@ -321,7 +321,8 @@ def tokens(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
 
 
-def _pixels(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+def pixels(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
+    """Return an image's pixels."""
     image = row[data.columns.image or ""]
     channels = getattr(getattr(data.config, "vision_config", data.config), "num_channels", 3)
     return {
@@ -333,17 +334,17 @@ def _pixels(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
 
 def image_classification(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return an image's pixels and its label."""
-    return {**_pixels(data, row), **_label(data, row)}
+    return {**pixels(data, row), **_label(data, row)}
 
 
 def image_among_classes(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:
     """Return an image's pixels, and as its label the number of its class among the classes' names."""
     if data.columns.label is None:
-        return _pixels(data, row)
+        return pixels(data, row)
     value, names = row[data.columns.label], data.class_names
     if value not in names and not (isinstance(value, int) and 0 <= value < len(names)):
         raise StatisticsError(unknown("class", str(value), names))
-    return {**_pixels(data, row), "labels": names.index(value) if value in names else value}
+    return {**pixels(data, row), "labels": names.index(value) if value in names else value}
 
 
 def _label(data: TaskData, row: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from mats_hub.checkpoint import parse_size
 from mats_hub.device import choose_device, memory_errors
 from mats_hub.errors import RecipeError, StatisticsError, unknown
 from mats_hub.expert import Expert
-from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert
+from mats_hub.loading import DEVICE_MAPS, load_adapted, load_expert, part_names
 from mats_hub.lora import LoraAdapter
 from mats_hub.processes import agreed, join, local_device, wait
 from mats_hub.progress import Progress, silent
 from mats_hub.recipe import STATISTICS_KINDS
-from mats_hub.source import open_source
+from mats_hub.source import Source, open_source
 from mats_hub.statistics.accumulate import Sums
 from mats_hub.statistics.collect import NO_EXAMPLE, Survey, collect, survey
 from mats_hub.statistics.dataset import Columns, listed, load_dataset
@@ -107,7 +107,8 @@ def compute_statistics(
             assistant's tokens count in the loss.
         labels: ``data`` (empirical Fisher) or ``model`` (true Fisher: drawn from the model's own predictions).
         task: the kind of task, when the model's class does not tell.
-        base: an adapter's base, when it is not the one it names.
+        base: an adapter's base, when it is not the one it names; or the model that the expert is a part of, as the encoder of
+            CLIP that sees, and in which it is measured.
         examples: at most so many, drawn at random when there are more.
         batch_size: examples in one pass; results do not depend on it.
         max_length: tokens after which a text is cut; the tokenizer's limit otherwise.
@@ -145,13 +146,14 @@ def compute_statistics(
     rank = 64 if rank is None and for_adapter else rank
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
     _check_choices(rank, modules, labels, device_map)
-    base_source = open_source(base or expert.adapter.base, token) if expert.adapter else None
+    named = base or (expert.adapter.base if expert.adapter else None)
+    base_source = open_source(named, token) if named else None
     process, processes = join()
     place = choose_device(local_device(device))
     load = load_adapted if vectors else load_expert
     network = load(expert, base_source, dtype, device_map or str(place))
     place = next(network.parameters()).device
-    only = _only(network, expert, vectors) if expert.adapter and modules == "touched" else None
+    only = _only(network, expert, base_source, vectors) if base_source and modules == "touched" else None
     columns = Columns(listed(text), label, image, target, messages, audio, listed(choices))
     files = [source, *([base_source] if base_source else [])]
     if dataset is None:
@@ -324,9 +326,11 @@ def _kinds(kind: str | Sequence[str], vectors: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given))
 
 
-def _only(network: Any, expert: Expert, vectors: bool) -> set[str]:
-    """Return the names, in the loaded network, of the parameters that an adapter changes."""
-    assert expert.adapter is not None
+def _only(network: Any, expert: Expert, base: Source, vectors: bool) -> set[str] | None:
+    """Return the names, in the loaded network, of what an adapter changes, or a part of a model has; None for all."""
+    if expert.adapter is None:
+        names = set(part_names(expert, base))
+        return names if expert.is_part else None
     if vectors:
         return {name for name, _ in network.named_parameters() if _own_name(name) in expert.adapter.changed}
     return {*expert.adapter.changed, *expert.adapter.saved}

@@ -287,7 +287,8 @@ class TaskData:
         output = self.forward(model, batch)
         if getattr(output, "loss", None) is None:
             raise StatisticsError(
-                f"a {type(model).__name__} has no loss here, whose gradients this kind needs; measure Grams (--kind gram)"
+                f"a {type(model).__name__} has no loss here, whose gradients this kind needs; measure Grams (--kind gram), "
+                "or, of a part such as an encoder, name the whole model that it belongs to (--base)"
             )
         if not self.task.per_token:
             return output.loss.float() * len(batch["labels"])

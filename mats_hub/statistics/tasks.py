@@ -22,6 +22,7 @@ from mats_hub.statistics.encoding import (
     image_classification,
     masked_lm,
     multiple_choice,
+    pixels,
     seq2seq,
     span,
     speech,
@@ -120,6 +121,15 @@ TASKS: dict[str, Task] = {
         image_among_classes,
         classifies=True,
         mapping="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        processor=IMAGES,
+    ),
+    "image-feature-extraction": Task(
+        "image-feature-extraction",
+        ("VisionModel", "VisionModelWithProjection"),
+        ("image",),
+        pixels,
+        tokenizes=False,
+        mapping="MODEL_FOR_IMAGE_MAPPING_NAMES",
         processor=IMAGES,
     ),
     # Last, for names of other classes end so, too.

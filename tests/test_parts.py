@@ -1,0 +1,126 @@
+"""Experts that are a part of their base alone: the encoder of CLIP that sees, the language model of one that sees images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import models
+import pytest
+import torch
+import transformers
+from test_losses import CLASSES, llava, save_clip  # noqa: F401 (a fixture)
+
+import mats_hub
+from mats_hub.errors import PlanError, StatisticsError
+from mats_hub.recipe import Recipe
+
+SEES = "vision_model."
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """CLIP, two experts that are its encoder of images, the same as whole models, and images of classes."""
+    root = tmp_path_factory.mktemp("clip")
+    save_clip(root / "base")
+    for seed in (1, 2):
+        part = models.perturbed(transformers.CLIPVisionModel.from_pretrained(root / "base"), seed, 0.2)
+        part.save_pretrained(root / f"part{seed}")
+        whole = transformers.CLIPModel.from_pretrained(root / "base")
+        state = {key if key.startswith(SEES) else f"{SEES}{key}": value for key, value in part.state_dict().items()}
+        assert not whole.load_state_dict(state, strict=False).unexpected_keys
+        whole.save_pretrained(root / f"whole{seed}")
+        transformers.AutoProcessor.from_pretrained(root / "base").save_pretrained(root / f"whole{seed}")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = {"image": models.tiny_images(8), "label": [0, 2, 1, 1, 0, 2, 2, 0]}
+    names = {name: [str(root / f"{name}{seed}") for seed in (1, 2)] for name in ("part", "whole")}
+    return SimpleNamespace(base=str(root / "base"), data=datasets.Dataset.from_dict(rows, features=features), **names)
+
+
+def state(folder: str | Path) -> dict[str, Any]:
+    return models.state(transformers.CLIPModel.from_pretrained(folder))
+
+
+def test_parts_are_merged_into_the_whole(clip):
+    merged = mats_hub.merge(clip.part, base=clip.base, method="task_arithmetic", scale=0.4)
+    same = mats_hub.merge(clip.whole, base=clip.base, method="task_arithmetic", scale=0.4)
+    found, expected, base = state(merged.folder), state(same.folder), state(clip.base)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert all(torch.equal(found[key], value) for key, value in base.items() if not key.startswith(SEES))
+    assert not torch.equal(found[f"{SEES}pre_layrnorm.bias"], base[f"{SEES}pre_layrnorm.bias"])
+    assert type(merged.load()).__name__ == "CLIPModel"
+    assert type(mats_hub.load(merged.folder, "part1")).__name__ == "CLIPModel"
+    assert "CLIPModel.from_pretrained" in (merged.folder / "README.md").read_text()
+    assert not merged.report.notes
+
+
+def test_a_part_is_measured_and_scored_in_the_whole(clip, tmp_path):
+    options = {"dataset": clip.data, "kind": ["kfac", "fisher"], "device": "cpu", "batch_size": 3}
+    for number, (part, whole) in enumerate(zip(clip.part, clip.whole, strict=True)):
+        found = mats_hub.compute_statistics(part, base=clip.base, output=tmp_path / f"{number}.safetensors", **options)
+        expected = mats_hub.compute_statistics(whole, **options)
+        assert found.provenance.task == "zero-shot-image-classification"
+        assert set(found.keys()) == {key for key in expected.keys() if key.startswith(SEES)}  # noqa: SIM118
+        for key in found.keys():  # noqa: SIM118
+            value = expected.tensor(key)
+            torch.testing.assert_close(found.tensor(key), value, rtol=1e-4, atol=1e-6 * float(value.abs().max()))
+        accuracy = mats_hub.evaluate(part, base=clip.base, dataset=clip.data, device="cpu")
+        assert accuracy == mats_hub.evaluate(whole, dataset=clip.data, device="cpu")
+    experts = [{"model": part, "statistics": str(tmp_path / f"{n}.safetensors")} for n, part in enumerate(clip.part)]
+    merged = mats_hub.merge(experts, base=clip.base, method="mats", iterations=5)
+    assert {record.key.split(".")[0] for record in merged.report.solved} == {"vision_model"}
+    assert (
+        len(merged.report.solved) == len([key for key in state(clip.base) if key.startswith(SEES)]) - 1
+    )  # class token
+
+
+def test_a_part_alone_has_grams_of_its_own_modules(clip, tmp_path):
+    experts = []
+    for number, part in enumerate(clip.part):
+        with pytest.raises(StatisticsError, match=r"has a preprocessor_config.json"):
+            mats_hub.compute_statistics(part, dataset=clip.data, kind="gram", device="cpu")
+        transformers.AutoImageProcessor.from_pretrained(clip.base).save_pretrained(part)
+        path = tmp_path / f"{number}.safetensors"
+        alone = mats_hub.compute_statistics(part, dataset=clip.data, kind="gram", device="cpu", output=path)
+        assert alone.provenance.task == "image-feature-extraction"
+        inside = mats_hub.compute_statistics(part, base=clip.base, dataset=clip.data, kind="gram", device="cpu")
+        grams = {name.removeprefix(SEES): inside.tensor(name) for name in inside.keys()}  # noqa: SIM118
+        for key in alone.keys():  # noqa: SIM118
+            torch.testing.assert_close(alone.tensor(key), grams[key.removeprefix(SEES)], rtol=1e-5, atol=1e-5)
+        experts.append({"model": part, "statistics": str(path)})
+    merged = mats_hub.merge(experts, base=clip.base, method="regmean")
+    # Its encoder of texts has linear modules of the same names.
+    assert len(merged.report.solved) == 12
+    assert all(record.key.startswith(SEES) for record in merged.report.solved)
+    with pytest.raises(StatisticsError, match=r"has no loss here.*--kind gram.*whole model.*--base"):
+        mats_hub.compute_statistics(clip.part[0], dataset=clip.data, kind="kfac", device="cpu")
+
+
+def test_parts_are_compared_on_their_tasks(clip, tmp_path):
+    clip.data.save_to_disk(tmp_path / "data")
+    entry = {"dataset": str(tmp_path / "data"), "validation": "train", "test": "train"}
+    tasks = {Path(part).name: entry for part in clip.part}
+    choice = mats_hub.compare(clip.part, tasks, base=clip.base, methods=["average", "ties"], device="cpu")
+    assert set(choice.experts) == set(tasks)
+    assert all(set(candidate.scores) == set(tasks) for candidate in choice.candidates)
+
+
+def test_a_language_model_is_a_part_of_one_that_sees(llava, tmp_path):  # noqa: F811
+    folder, model, _ = llava
+    experts = []
+    for seed in (1, 2):
+        part = transformers.LlamaForCausalLM(model.config.text_config)
+        models.perturbed(part, seed).save_pretrained(tmp_path / f"text{seed}")
+        experts.append(str(tmp_path / f"text{seed}"))
+    merged = mats_hub.merge(experts, base=str(folder), method="average")
+    first, second = (models.state(transformers.LlamaForCausalLM.from_pretrained(path)) for path in experts)
+    for key, value in models.state(merged.load()).items():
+        own = key.replace("model.language_model.", "model.")
+        expected = (first[own] + second[own]) / 2 if own in first else model.state_dict()[key]
+        torch.testing.assert_close(value, expected)
+    models.tiny_bert_body(tmp_path / "bert")
+    with pytest.raises(PlanError, match=r"is a bert model, but .* is a llava"):
+        mats_hub.merge([str(tmp_path / "bert")], base=str(folder), method="average")
+    assert mats_hub.make_plan(Recipe.build(experts, base=str(folder), method="average")).problems == []
