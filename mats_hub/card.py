@@ -67,7 +67,7 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         s["dataset"] for s in (expert["statistics"] for expert in report.experts) if s and s.get("dataset_commit")
     ]
     content: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": _library(report),
         "base_model": list(dict.fromkeys(parents)),
         "base_model_relation": "merge",
         "pipeline_tag": _pipeline_tag(report),
@@ -75,8 +75,6 @@ def front_matter(report: MergeReport, repo_id: str | None = None) -> dict[str, A
         "datasets": list(dict.fromkeys(datasets)),
         "tags": list(dict.fromkeys(["merge", "mats", MERGE_TAG, report.recipe["method"]])),
     }
-    if {expert.get("library") for expert in report.experts} == {SENTENCES}:
-        content["library_name"] = SENTENCES
     if report.bundle:
         content["library_name"] = MERGE_TAG
         content["tags"].insert(0, "compressed")
@@ -155,7 +153,7 @@ def _values(report: MergeReport, figures: list[str], repo_id: str | None) -> dic
         "base_link": _link(report.base) if report.base else "one base",
         "experts": [{**expert, "link": _link(expert)} for expert in report.experts],
         "licenses_differ": differ,
-        "usage": _usage(report, repo_id or "path/to/this/folder"),
+        "usage": _usage(report, repo_id),
         "recipe": recipe,
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120).rstrip(),
         "recipe_file": RECIPE_FILE,
@@ -188,6 +186,13 @@ def _licenses(report: MergeReport) -> tuple[str | None, bool]:
     return "other", True
 
 
+def _library(report: MergeReport) -> str | None:
+    """Return what the model is used with: the experts' library where they are no models of transformers, or of sentences."""
+    stated = {expert.get("library") for expert in report.experts}
+    own = stated.pop() if len(stated) == 1 else None
+    return own if own == SENTENCES or not report.experts[0]["class"] else "transformers"
+
+
 def _pipeline_tag(report: MergeReport) -> str | None:
     stated = {expert["pipeline_tag"] for expert in report.experts}
     if len(stated) == 1 and None not in stated:
@@ -207,12 +212,17 @@ def _model_index(report: MergeReport, repo_id: str | None) -> list[dict[str, Any
     return [{"name": name, "results": results}] if results else []
 
 
-def _usage(report: MergeReport, place: str) -> str:
-    first = report.experts[0]
+def _usage(report: MergeReport, repo_id: str | None) -> str:
+    first, place = report.experts[0], repo_id or "path/to/this/folder"
     if report.bundle or any(expert["kept"] for expert in report.experts):
         tasks = ", ".join(repr(expert["name"]) for expert in report.experts)
         return f"import mats_hub\n\nmodel = mats_hub.load({place!r}, task={first['name']!r})  # one of: {tasks}"
     name = first["class"]
+    if not name:
+        file = next(iter(report.files))
+        path = f"hf_hub_download({repo_id!r}, {file!r})" if repo_id else repr(f"{place}/{file}")
+        fetched = "from huggingface_hub import hf_hub_download\n" if repo_id else ""
+        return f"{fetched}from safetensors.torch import load_file\n\nweights = load_file({path})"
     if report.recipe["output"]["format"] == "adapter":
         base = (report.base and report.base["repo_id"]) or "path/to/the/base"
         return (

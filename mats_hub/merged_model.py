@@ -332,14 +332,15 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def _expert_facts(plan: Plan, index: int) -> dict[str, Any]:
-    expert, statistics = plan.experts[index], plan.statistics[index]
+    expert, statistics, config = plan.experts[index], plan.statistics[index], plan.reference.config
+    own_class = expert.auto_class or (config.get("architectures") or [""])[0]
     return {
         **_facts(expert.source),
         "name": expert.name,
         "kind": expert.kind,
         "weight": expert.weight,
         "kept": plan.kept[expert.name],
-        "class": expert.auto_class or (plan.reference.config.get("architectures") or [""])[0],
+        "class": own_class if config.get("model_type") else "",  # without a type it is no model of transformers
         "statistics": asdict(statistics.provenance) if statistics else None,
     }
 

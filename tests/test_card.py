@@ -7,8 +7,10 @@ from pathlib import Path
 
 import family as families
 import pytest
+import torch
 import yaml
 from hub_server import validate_card
+from safetensors.torch import save_file
 
 import mats_hub
 from mats_hub.card import front_matter, render_card
@@ -136,3 +138,19 @@ def test_a_model_without_heads_is_loaded_by_its_own_class(report):
     assert "BertForSequenceClassification.from_pretrained('owner/merged')" in render_card(
         report, repo_id="owner/merged"
     )
+
+
+def test_what_is_no_model_of_transformers_is_not_said_to_be_one(tmp_path):
+    values = {"blocks.0.attn.qkv.weight": torch.arange(6.0).reshape(3, 2)}
+    for name in ("base", "one", "other"):
+        (tmp_path / name).mkdir()
+        save_file(values, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 3}')
+        (tmp_path / name / "README.md").write_text("---\nlibrary_name: timm\n---\n")
+    report = mats_hub.merge([tmp_path / "one", tmp_path / "other"], base=tmp_path / "base", method="ties").report
+    assert front_matter(report)["library_name"] == "timm"
+    assert "load_file('path/to/this/folder/model.safetensors')" in render_card(report)
+    assert "load_file(hf_hub_download('owner/merged', 'model.safetensors'))" in render_card(
+        report, repo_id="owner/merged"
+    )
+    assert "transformers import" not in render_card(report)
