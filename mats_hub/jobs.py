@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,10 @@ COMMAND = (
     'python -m pip install --quiet --root-user-action=ignore "$MATS_PACKAGE" && printf "%s" "$MATS_RECIPE" > recipe.yaml && '
     'mats-hub merge recipe.yaml --stream --output merged --push "$MATS_TARGET" $MATS_FLAGS'
 )
+
+UNDER_WAY = ("SCHEDULING", "RUNNING")
+PAUSE = 1.0
+"""Seconds between two questions whether a Job has ended."""
 
 
 def hardware(token: str | bool | None = None) -> dict[str, str]:
@@ -106,7 +111,11 @@ def follow(job: Any, token: str | bool | None = None) -> Iterator[str]:
     api = hub_api(token)
     with hub_errors(f"Job {job.id}", HubError):
         yield from api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)
-        ended = api.inspect_job(job_id=job.id, namespace=job.owner.name)
+        while True:  # its log may end before the Hub says that it has
+            ended = api.inspect_job(job_id=job.id, namespace=job.owner.name)
+            if str(ended.status.stage) not in UNDER_WAY:
+                break
+            time.sleep(PAUSE)
     if str(ended.status.stage) != "COMPLETED":
         raise HubError(
             f"Job {job.id} ended as {ended.status.stage} ({ended.status.message or 'no message'}); see {job.url}"

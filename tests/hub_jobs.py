@@ -35,7 +35,7 @@ class Job:
     def __init__(self, hub: LocalHub, spec: dict[str, Any], owner: str) -> None:
         self.id, self.spec, self.owner = f"{len(JOBS):024x}", spec, owner
         self.lines: list[str] = []
-        self.stage, self.told = "RUNNING", 0
+        self.stage, self.ended, self.asked = "RUNNING", threading.Event(), 0
         threading.Thread(target=self._run, args=(hub.url,), daemon=True).start()
 
     def _run(self, endpoint: str) -> None:
@@ -50,11 +50,13 @@ class Job:
                 for line in run.stdout:
                     self.lines.append(line.rstrip())
         self.stage = "COMPLETED" if run.returncode == 0 else "ERROR"
+        self.ended.set()
 
     def as_json(self) -> Response:
         owner = {"id": "1", "name": self.owner, "type": "user"}
-        # It has ended once its whole log was read: the client stops to read then.
-        status = {"stage": self.stage if self.told == len(self.lines) else "RUNNING", "message": None}
+        self.asked += self.ended.is_set()
+        # The log ends some moments before the Hub says that the Job has.
+        status = {"stage": self.stage if self.asked > 1 else "RUNNING", "message": None}
         return as_json({"id": self.id, "owner": owner, "status": status, "createdAt": now()})
 
 
@@ -86,7 +88,10 @@ def inspect(hub: LocalHub, request: Request, owner: str, number: str) -> Respons
 @route("GET", "/api/jobs/{owner}/{number}/logs")
 def logs(hub: LocalHub, request: Request, owner: str, number: str) -> Response:
     job = job_of(number)
-    lines = [{"data": line, "timestamp": now()} for line in [*job.lines]]
-    job.told = len(lines)
-    text = "".join(f"data: {json.dumps(line)}\n\n" for line in lines)
-    return Response(200, text.encode(), {"Content-Type": "text/event-stream"})
+
+    def log() -> bytes:
+        job.ended.wait()  # a log is open as long as its Job runs
+        lines = [{"data": line, "timestamp": now()} for line in job.lines]
+        return "".join(f"data: {json.dumps(line)}\n\n" for line in lines).encode()
+
+    return Response(200, headers={"Content-Type": "text/event-stream"}, later=log)

@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -304,11 +304,12 @@ class Request:
 
 @dataclass
 class Response:
-    """One HTTP answer."""
+    """One HTTP answer; `later` makes a body that has to be waited for while others are answered."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+    later: Callable[[], bytes] | None = None
 
 
 def as_json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -1339,7 +1340,8 @@ class LocalHub:
         """Find the endpoint and let it answer."""
         try:
             with self._lock:
-                return self._dispatch(request)
+                found = self._dispatch(request)
+            return replace(found, body=found.later()) if found.later else found
         except HubError as error:
             return as_json(error.body, error.status, error.headers)
         except (KeyError, ValueError, TypeError, AttributeError, binascii.Error):

@@ -13,7 +13,7 @@ import pytest
 import mats_hub
 
 ROOT = Path(mats_hub.__file__).parents[1]
-TESTS = ("test_hub.py", "test_faults.py", "test_streaming.py", "test_statistics_hub.py")
+TESTS = ("test_hub.py", "test_faults.py", "test_streaming.py", "test_statistics_hub.py", "test_jobs.py")
 
 
 @pytest.mark.slow
