@@ -330,7 +330,7 @@ def _decide(
     holders = [expert for expert in plan.experts if expert.holds(key)]
     if not holders:
         return Action.COPY, "no expert changes it"
-    if any(not expert.holds(key) and not expert.adapter for expert in plan.experts):
+    if any(not (expert.holds(key) or expert.adapter or expert.is_part) for expert in plan.experts):
         return Action.KEEP, "not every expert has it"
     if heads.is_head(key) and heads.labels_differ:
         return Action.KEEP, "the experts' labels differ"

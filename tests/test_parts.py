@@ -56,6 +56,15 @@ def test_parts_are_merged_into_the_whole(clip):
     assert not merged.report.notes
 
 
+def test_a_part_beside_a_whole_changes_nothing_else(clip, tmp_path):
+    whole = models.perturbed(transformers.CLIPModel.from_pretrained(clip.base), 3)
+    whole.save_pretrained(tmp_path / "whole")
+    merged = mats_hub.merge([clip.part[0], tmp_path / "whole"], base=clip.base, method="average")
+    found, base, own, first = (state(place) for place in (merged.folder, clip.base, tmp_path / "whole", clip.whole[0]))
+    for key, value in found.items():
+        torch.testing.assert_close(value, (own[key] + (first if key.startswith(SEES) else base)[key]) / 2)
+
+
 def test_a_part_is_measured_and_scored_in_the_whole(clip, tmp_path):
     options = {"dataset": clip.data, "kind": ["kfac", "fisher"], "device": "cpu", "batch_size": 3}
     for number, (part, whole) in enumerate(zip(clip.part, clip.whole, strict=True)):
