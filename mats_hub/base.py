@@ -9,7 +9,7 @@ from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
 from mats_hub.plan import Plan
-from mats_hub.source import Source, open_source
+from mats_hub.source import Source, is_hub_id, open_source
 
 
 def open_base(plan: Plan, token: str | bool | None) -> None:
@@ -22,6 +22,10 @@ def open_base(plan: Plan, token: str | bool | None) -> None:
                 RecipeError(
                     f"adapter {adapters[0][0].source.spec!r} does not name its base; name it with 'base' (--base)"
                 )
+            )
+        elif told := named_by_cards(plan):
+            plan.notes.append(
+                f"no base was given; the experts' cards name {told!r}, which methods of task vectors need (--base)"
             )
         return
     try:
@@ -60,6 +64,17 @@ def open_base(plan: Plan, token: str | bool | None) -> None:
         revision = adapter.options.get("revision")
         if revision and source.repo_id and _same_base(adapter.base.partition("@")[0], source):
             _check_revision(plan, expert, f"{source.hub_id}@{revision}", token)
+
+
+def named_by_cards(plan: Plan) -> str:
+    """Return the one base that the cards of all experts name; '' where they name none, several or different ones."""
+    try:
+        stated = [expert.source.front_matter.get("base_model") for expert in plan.experts]
+    except MatsError:  # a hint is not worth an error
+        return ""
+    names = {str(base[0] if isinstance(base, list) and len(base) == 1 else base or "") for base in stated}
+    name = names.pop() if len(names) == 1 else ""
+    return name if is_hub_id(name) else ""
 
 
 def _check_revision(plan: Plan, expert: Expert, spec: str, token: str | bool | None) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from mats_hub.adapter_planning import settle_format, with_origins
 from mats_hub.architecture import Architecture, align, describe, layer_pattern, part_config
-from mats_hub.base import open_base
+from mats_hub.base import named_by_cards, open_base
 from mats_hub.checkpoint import parse_size
 from mats_hub.closed_form import has_closed_form
 from mats_hub.companion_choice import choose_companions
@@ -163,10 +163,12 @@ def _check_method(plan: Plan) -> None:
             )
         )
     if plan.base is None and start.method not in ("average", "slerp"):
+        named = named_by_cards(plan)
         plan.problems.append(
             RecipeError(
                 f"{start.method} works on task vectors, which need the base the experts were fine-tuned from; "
-                "name it with 'base' (--base), or use average, fisher, regmean or mats from average"
+                f"name it with 'base' (--base{f' {named}, as their cards do' if named else ''}), or use average, fisher, "
+                "regmean or mats from average"
             )
         )
     below = next((expert for expert in plan.experts if expert.weight < 0), None)

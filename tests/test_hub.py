@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 import mats_hub
 from mats_hub.errors import CheckpointError, HubError, MatsError, PlanError, SourceError
+from mats_hub.recipe import Recipe
 from mats_hub.source import open_source
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: text-classification\n---\n# an expert\n"
@@ -269,3 +270,18 @@ def test_a_merged_model_is_opened_saved_and_pushed_as_others_are(hub, local, tmp
     saved = opened.save_pretrained(tmp_path / "saved")
     assert mats_hub.MergedModel.from_pretrained(saved).load("alpha").config.num_labels == 2
     assert not any(path.is_symlink() for path in saved.rglob("*"))
+
+
+def test_the_base_that_the_experts_cards_name_is_told_and_not_taken(hub, published, local):
+    card = "---\nbase_model:\n- alice/base\n---\n"
+    for name in ("alpha", "beta"):
+        hub.commit(f"alice/{name}", {"README.md": card})
+    names = ["alice/alpha", "alice/beta"]
+    told = "no base was given; the experts' cards name 'alice/base', which methods of task vectors need (--base)"
+    plan = mats_hub.make_plan(Recipe.build(names, method="average"), published)
+    assert plan.base is None
+    assert told in plan.notes
+    with pytest.raises(PlanError, match=r"name it with 'base' \(--base alice/base, as their cards do\)"):
+        mats_hub.merge(names, method="ties", token=published)
+    hub.commit("alice/beta", {"README.md": "---\nbase_model: alice/other\n---\n"})
+    assert told not in mats_hub.make_plan(Recipe.build(names, method="average"), published).notes
