@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,7 @@ from mats_hub.architecture import Architecture, align
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
 from mats_hub.errors import CheckpointError
+from mats_hub.tensor_header import TensorHeader
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -68,7 +69,13 @@ class Adapter:
         revision = self.options.get("revision")
         return f"{name}@{revision}" if name and revision else name
 
-    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+    @property
+    def model_class(self) -> str:
+        """The class that it was trained on, '' where it does not say: a part of its base, perhaps."""
+        told = self.options.get("auto_mapping")
+        return str(told.get("base_model_class") or "") if isinstance(told, dict) else ""
+
+    def settle(self, facts: Architecture, headers: Mapping[str, TensorHeader]) -> None:
         """Find out what only the base's architecture tells: orientation of weights, names of bare parameters."""
 
     def shape(self, own: str) -> tuple[int, ...]:
@@ -160,12 +167,12 @@ class FoldedAdapter(Adapter):
         """The weights and biases of the modules it has tensors for, once `settle` has found them."""
         return self._touched
 
-    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+    def settle(self, facts: Architecture, headers: Mapping[str, TensorHeader]) -> None:
         """Find the tensors it changes: those of the innermost module of the base that each of its own tensors lies in."""
         names = {name.removeprefix("base_model.model."): name for name in self.checkpoint.headers}
         owners = {own: _owners(own) for own in names}
         pairs = [(f"{owner}.weight", f"{owner}.bias") for held in owners.values() for owner in held]
-        mapping = align({*names, *chain.from_iterable(pairs)}, reference.headers, facts.stored_names)
+        mapping = align({*names, *chain.from_iterable(pairs)}, headers, facts.stored_names)
         for own, name in names.items():
             found = [n for owner in owners[own] for n in (f"{owner}.weight", f"{owner}.bias") if n in mapping]
             if own in mapping or (not found and own.endswith((".weight", ".bias"))):
@@ -173,7 +180,7 @@ class FoldedAdapter(Adapter):
             elif found:
                 module = found[0].rpartition(".")[0]
                 touched = [n for n in found if n.rpartition(".")[0] == module]
-                self._touched |= {n: reference.headers[mapping[n]].shape for n in touched}
+                self._touched |= {n: headers[mapping[n]].shape for n in touched}
 
     def shape(self, own: str) -> tuple[int, ...]:
         """Return the shape of a tensor it changes."""

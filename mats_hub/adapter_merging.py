@@ -145,9 +145,12 @@ def _own_names(plan: Plan) -> dict[str, str]:
     """Return what each merged tensor is called in the merged adapter's model.
 
     The experts call it so, but for the prefix of the body in a model with a head: where one of them is an adapter of the
-    body alone, the merged one is, too.
+    body alone, the merged one is, too. Adapters of a part of the base become one of the whole.
     """
     facts = describe(plan.reference.config)
+    if any(expert.part for expert in plan.experts):
+        in_model = {stored: name for name, stored in facts.stored_names.items()}
+        return {entry.key: in_model.get(entry.key, entry.key) for entry in plan.merged_entries}
     names = {e.key: next(x.names[e.key] for x in plan.experts if x.holds(e.key)) for e in plan.merged_entries}
     in_body = [key for key in names if key.startswith(facts.prefix)]
     held = (expert.names[key] for key in in_body for expert in plan.experts if expert.holds(key))

@@ -273,6 +273,19 @@ def part_config(whole: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, 
     return next((value for value in held if value.get("model_type") == kind), None)
 
 
+def part_tensors(whole: Mapping[str, Any], class_name: str, names: Collection[str]) -> dict[str, str]:
+    """Return, of the part of a model that a class is, its tensors' names in that class → in the whole; none of another class.
+
+    All of them together tell which part it is: several may have layers of the same names.
+    """
+    import transformers
+
+    kind = getattr(getattr(getattr(transformers, class_name, None), "config_class", None), "model_type", None)
+    part = part_config(whole, {"model_type": kind})
+    facts = describe({**part, "architectures": [class_name]}) if part else Architecture()
+    return align(facts.shapes, names, facts.stored_names)
+
+
 def _with_floats(value: Any) -> Any:
     """Put the floats that JSON does not have in the place of what transformers writes for them."""
     if isinstance(value, dict):

@@ -90,8 +90,9 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     otherwise = {piece.parameter for made in facts.pieces.values() for piece in made} | facts.shapes.keys()
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
-        # The other parts of a model may have modules of the same names.
-        held: Collection[str] = expert.names if expert.is_part else plan.reference.headers
+        # Of a part that was measured alone: other parts may have modules of the same names.
+        alone = (expert.is_part or expert.part) and not covered.keys() & plan.reference.headers.keys()
+        held: Collection[str] = (expert.part.values() or expert.names) if alone else plan.reference.headers
         names = align(covered, held, {**expert.architecture.stored_names, **stored_names})
         # A tied weight may be measured under a name that a checkpoint does not have.
         tied = {

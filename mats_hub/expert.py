@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter
 from mats_hub.adapter_opening import open_adapter
-from mats_hub.architecture import Architecture, align, describe, part_config
+from mats_hub.architecture import Architecture, align, describe, part_config, part_tensors
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
 from mats_hub.lora import LoraAdapter
@@ -27,7 +27,8 @@ class Expert:
         adapter: its adapter, or None for a full checkpoint.
         names: reference tensor → the expert's own name for it; filled by `align_to`.
         rows: reference tensor → how many of its leading rows are merged, where that is not all of them.
-        is_part: whether it is but a part of the reference; filled by `align_to`.
+        is_part: whether it is a full checkpoint of but a part of the reference; filled by `align_to`.
+        part: of an adapter of a part of the reference, what the part's tensors are called in it → in the reference; likewise.
         extra: the expert's own tensors that the reference does not have (heads), held whole.
 
     Raises:
@@ -44,6 +45,7 @@ class Expert:
         self.rows: dict[str, int] = {}
         self.extra: list[str] = []
         self.is_part = False
+        self.part: dict[str, str] = {}
 
     @property
     def kind(self) -> str:
@@ -63,12 +65,14 @@ class Expert:
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         facts = describe(reference.config)
-        self.is_part = self.is_part_of(reference.config)
+        self.is_part, known = self.is_part_of(reference.config), reference.headers
         if self.adapter:
-            self.adapter.settle(facts, reference)
+            self.part = part_tensors(reference.config, self.adapter.model_class, known)
+            known = {name: known[name] for name in self.part.values()} or known
+            self.adapter.settle(facts, known)
         own = [*self.whole, *(self.adapter.changed if self.adapter else ())]
         stored_names = {**self.architecture.stored_names, **facts.stored_names}
-        mapping = align(own, reference.headers, stored_names)
+        mapping = align(own, known, stored_names)
         self.names = {target: name for name, target in mapping.items()}
         tied = {} if self.adapter else self.architecture.tied
         for alias, stored in tied.items():

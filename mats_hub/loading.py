@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mats_hub.adapter import FoldedAdapter
-from mats_hub.architecture import describe, part_config, transformers_config
+from mats_hub.architecture import Architecture, describe, part_config, transformers_config
 from mats_hub.bundle import BUNDLE_FILE, Bundle
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import CheckpointError, IncompatibleExperts, SourceError, unknown
@@ -48,7 +48,7 @@ def load_expert(expert: Expert, base: Source | None = None, dtype: str = "float3
         model = _from_pretrained(_model_class(expert.auto_class), expert.source, _torch_dtype(dtype), device_map=spread)
     else:
         with quiet():
-            model = _with_adapter(_base_model(expert, base, dtype, spread), expert).merge_and_unload()
+            model = _merged(_base_model(expert, base, dtype, spread), expert)
     return (model if spread else model.to(device)).eval()
 
 
@@ -77,7 +77,7 @@ def fold(expert: Expert, base: Source, folder: Path, dtype: str = "float32") -> 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in adapter.changed}
     try:
         with quiet():
-            merged = _with_adapter(model, expert).merge_and_unload()
+            merged = _merged(model, expert)
     except (NotImplementedError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{expert.source.spec!r} is a {adapter.description}, which PEFT cannot merge into its base: {error}"
@@ -198,7 +198,7 @@ def _load_task(source: Source, task: str, adapter: Expert | None, base: str | Pa
     model_class = _model_class((config.architectures or ["AutoModel"])[0])
     with quiet():
         built, info = _from_pretrained(model_class, body, _torch_dtype(dtype), config=config, info=True)
-        built = _with_adapter(built, adapter).merge_and_unload() if adapter else built
+        built = _merged(built, adapter) if adapter else built
     head_file = f"{folder}/{HEAD_FILE}"
     stored = load_file(source.path(head_file)) if head_file in source.sizes else {}
     in_model = {other: name for name, other in describe(content).stored_names.items()}
@@ -279,17 +279,36 @@ def _from_pretrained(
             ) from error
 
 
-def _with_adapter(model: Any, expert: Expert) -> Any:
-    """Return the PEFT model of a base model and an adapter, every tensor of which has to find its place."""
+def _merged(model: Any, expert: Expert) -> Any:
+    """Return a base model with an adapter merged into it, or into the part of it that the adapter is of."""
+    part = _part_of(model, expert)
+    adapted = _with_adapter(model.get_submodule(part) if part else model, expert, part)
+    merged = adapted.merge_and_unload()
+    return model if part else merged
+
+
+def _part_of(model: Any, expert: Expert) -> str:
+    """Return the module of a base model that an adapter of a part is of; '' for one of the whole."""
+    facts = (
+        describe({**model.config.to_dict(), "architectures": [type(model).__name__]}) if expert.part else Architecture()
+    )
+    in_model = {stored: name for name, stored in facts.stored_names.items()}
+    pairs = ((f".{own}", in_model.get(stored, stored)) for own, stored in expert.part.items())
+    return next((name.removesuffix(own) for own, name in pairs if name.endswith(own)), "")
+
+
+def _with_adapter(model: Any, expert: Expert, part: str = "") -> Any:
+    """Return the PEFT model of a base model, or of its `part`, and an adapter, every tensor of which has to find its place."""
     from peft import PeftModel
 
     source = expert.source
     folder = source.path("adapter_config.json").parent
     source.path("adapter_model.safetensors")
+    mapping = {rf"^{re.escape(part)}\.": ""} if part else _into_body(model, expert)
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, folder, key_mapping=_into_body(model, expert))
+            adapted = PeftModel.from_pretrained(model, folder, key_mapping=mapping)
     except (RuntimeError, ValueError, KeyError) as error:
         text = str(error).strip().splitlines()
         raise IncompatibleExperts(

@@ -16,6 +16,7 @@ from mats_hub.architecture import Architecture, Piece, align
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import LowRankDelta
 from mats_hub.errors import CheckpointError
+from mats_hub.tensor_header import TensorHeader
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,15 @@ class LoraAdapter(Adapter):
             return LowRankDelta(B.flatten(1), A.flatten(1), factors.scale, weight_shape=factors.shape)
         return LowRankDelta(B, A, factors.scale, factors.transposed)
 
-    def settle(self, facts: Architecture, reference: Checkpoint) -> None:
+    def settle(self, facts: Architecture, headers: Mapping[str, TensorHeader]) -> None:
         """Name bare parameters in their module's order, and turn the weights that the base stores ``[in, out]``.
 
         PEFT writes one `fan_in_fan_out` for all modules, the last one's.
         """
         for module, held in self._perhaps_bare.items():
             self.factors |= self._of_parameters(module, held, facts)
-        mapping = align(self.factors, reference.headers, facts.stored_names)
-        transposed = set(align(facts.transposed, reference.headers, facts.stored_names).values())
+        mapping = align(self.factors, headers, facts.stored_names)
+        transposed = set(align(facts.transposed, headers, facts.stored_names).values())
         for name, target in mapping.items():
             factors, turned = self.factors[name], target in transposed
             if facts.linear and factors.form == "linear" and factors.transposed != turned:

@@ -8,9 +8,11 @@ from typing import Any
 
 import datasets
 import models
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_losses import CLASSES, llava, save_clip  # noqa: F401 (a fixture)
 
 import mats_hub
@@ -133,3 +135,61 @@ def test_a_language_model_is_a_part_of_one_that_sees(llava, tmp_path):  # noqa: 
     with pytest.raises(PlanError, match=r"is a bert model, but .* is a llava"):
         mats_hub.merge([str(tmp_path / "bert")], base=str(folder), method="average")
     assert mats_hub.make_plan(Recipe.build(experts, base=str(folder), method="average")).problems == []
+
+
+@pytest.fixture(scope="module")
+def adapters(clip, tmp_path_factory):
+    """Two LoRA adapters of CLIP's encoder of images, one as older versions of transformers name its layers."""
+    root = tmp_path_factory.mktemp("adapters")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    for seed in (1, 2):
+        adapted = peft.get_peft_model(transformers.CLIPVisionModel.from_pretrained(clip.base), settings)
+        models.shaken([p for name, p in adapted.named_parameters() if "lora_" in name], seed, 0.2)
+        adapted.save_pretrained(root / f"lora{seed}")
+    path = root / "lora2" / "adapter_model.safetensors"
+    older = {key.replace("model.model.", f"model.model.{SEES}"): value for key, value in load_file(path).items()}
+    save_file(older, path, metadata={"format": "pt"})
+    return [str(root / "lora1"), str(root / "lora2")]
+
+
+def merged_part(clip, adapter: str) -> dict[str, Any]:
+    """Return the encoder with an adapter merged in by PEFT, as the whole names it."""
+    part = transformers.CLIPVisionModel.from_pretrained(clip.base)
+    mapping = {rf"^{SEES}": ""}
+    merged = peft.PeftModel.from_pretrained(part, adapter, key_mapping=mapping).merge_and_unload()
+    return {f"{SEES}{key}": value for key, value in models.state(merged).items()}
+
+
+def test_adapters_of_a_part_change_that_part(clip, adapters, tmp_path):
+    base, changed = state(clip.base), [merged_part(clip, adapter) for adapter in adapters]
+    expected = base | {key: sum(one[key] for one in changed) / 2 for key in changed[0]}
+    full = mats_hub.merge(adapters, method="average", format="full")
+    written = mats_hub.merge(adapters, method="average", format="adapter")
+    loaded = peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained(clip.base), written.folder)
+    for found in (state(full.folder), models.state(loaded.merge_and_unload())):
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    for adapter, own in zip(adapters, changed, strict=True):
+        for key, value in models.state(mats_hub.load(adapter)).items():
+            torch.testing.assert_close(value, own.get(key, base[key]), rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_of_a_part_are_measured_in_the_whole(clip, adapters, tmp_path):
+    experts = []
+    for number, adapter in enumerate(adapters):
+        path = tmp_path / f"{number}.safetensors"
+        found = mats_hub.compute_statistics(adapter, dataset=clip.data, device="cpu", output=path)
+        names = {key for key in found.covers("kfac") if key.endswith(".weight")}
+        layers = [f"{SEES}encoder.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"]
+        assert names == {f"{name}.weight" for name in layers}
+        sketch = mats_hub.compute_statistics(adapter, dataset=clip.data, device="cpu", for_adapter=True, rank=4)
+        factors = load_file(f"{adapter}/adapter_model.safetensors")
+        for layer in layers:
+            [A] = [value for key, value in factors.items() if f"{layer.removeprefix(SEES)}.lora_A" in key]
+            read = found.aliases.get(layer, layer)
+            exact = A @ found.tensor(f"{read}.input_gram")
+            F = sketch.tensor(f"{sketch.aliases.get(layer, layer)}.input_factor")
+            torch.testing.assert_close(A @ F @ F.T, exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+        experts.append({"model": adapter, "statistics": str(path)})
+    merged = mats_hub.merge(experts, method="mats", iterations=3)
+    assert {record.key for record in merged.report.solved} == names

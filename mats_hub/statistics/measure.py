@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,8 @@ def compute_statistics(
     rank = 64 if rank is None and for_adapter else rank
     kinds = _kinds(kind or ("block_fisher" if vectors else "gram" if for_adapter else "kfac"), vectors)
     _check_choices(rank, modules, labels, device_map)
-    named = base or (expert.adapter.base if expert.adapter else None)
-    base_source = open_source(named, token) if named else None
+    below = base or (expert.adapter.base if expert.adapter else None)
+    base_source = open_source(below, token) if below else None
     process, processes = join()
     place = choose_device(local_device(device))
     load = load_adapted if vectors else load_expert
@@ -180,7 +180,8 @@ def compute_statistics(
     sample = next(data.batches(max(size, 2), place), None)
     if sample is None:
         raise StatisticsError(NO_EXAMPLE)
-    directions = _directions(expert.adapter) if isinstance(expert.adapter, LoraAdapter) else {}
+    named = {own: name for name, own in part_names(expert, base_source).items()} if base_source and expert.part else {}
+    directions = _directions(expert.adapter, named) if isinstance(expert.adapter, LoraAdapter) else {}
     sketch = Sketch(rank, directions, seed) if rank else None
     forward = data.forward if data.classes else None
     seen = None if one_by_one else survey(network, sample, data.masks, only, False if size == 1 else None, forward)
@@ -328,18 +329,20 @@ def _kinds(kind: str | Sequence[str], vectors: bool) -> tuple[str, ...]:
 
 def _only(network: Any, expert: Expert, base: Source, vectors: bool) -> set[str] | None:
     """Return the names, in the loaded network, of what an adapter changes, or a part of a model has; None for all."""
-    if expert.adapter is None:
-        names = set(part_names(expert, base))
-        return names if expert.is_part else None
-    if vectors:
+    if expert.adapter and vectors:
         return {name for name, _ in network.named_parameters() if _own_name(name) in expert.adapter.changed}
-    return {*expert.adapter.changed, *expert.adapter.saved}
+    if expert.is_part or expert.part:
+        return set(part_names(expert, base))
+    return {*expert.adapter.changed, *expert.adapter.saved} if expert.adapter else None
 
 
-def _directions(adapter: LoraAdapter) -> dict[str, Tensor]:
-    """Return the A factor ``[r, in]`` of each linear module that a LoRA adapter changes."""
+def _directions(adapter: LoraAdapter, named: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the A factor ``[r, in]`` of each linear module of the network that a LoRA adapter changes.
+
+    `named` has the names in the network of what is called otherwise in the adapter.
+    """
     linear = (name for name, factors in adapter.factors.items() if factors.form in ("linear", "parameter"))
-    return {name.removesuffix(".weight"): adapter.delta(name).A for name in linear}
+    return {named.get(name, name).removesuffix(".weight"): adapter.delta(name).A for name in linear}
 
 
 def _own_name(name: str) -> str:
