@@ -332,6 +332,13 @@ def align(
         name → reference name, for the names that have a counterpart.
 
     """
+    return readings(names, reference, stored_names)[0]
+
+
+def readings(
+    names: Iterable[str], reference: Collection[str], stored_names: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Return every result of `align` that maps the most names: several, where parts of a model have layers of the same names."""
     names, known = list(names), {_modern(name): name for name in reference}
     plain = {name: _modern(name) for name in names}
     stored = dict(stored_names or {})
@@ -350,7 +357,9 @@ def align(
                     break
         return found
 
-    return max((mapped(*candidate) for candidate in candidates), key=len)
+    found = [mapped(*candidate) for candidate in candidates]
+    most = max(map(len, found))
+    return list({tuple(one.items()): one for one in found if len(one) == most}.values())
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

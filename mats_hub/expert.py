@@ -10,11 +10,13 @@ from torch import Tensor
 
 from mats_hub.adapter import TASK_CLASSES, Adapter, FoldedAdapter
 from mats_hub.adapter_opening import open_adapter
-from mats_hub.architecture import Architecture, align, describe, part_config, part_tensors
+from mats_hub.architecture import Architecture, align, describe, part_config, part_tensors, readings
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.delta import Delta, DenseDelta
+from mats_hub.errors import IncompatibleExperts
 from mats_hub.lora import LoraAdapter
 from mats_hub.source import Source
+from mats_hub.tensor_header import TensorHeader
 
 
 class Expert:
@@ -65,11 +67,13 @@ class Expert:
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         facts = describe(reference.config)
-        self.is_part, known = self.is_part_of(reference.config), reference.headers
+        self.is_part = self.is_part_of(reference.config)
+        known: Mapping[str, TensorHeader] = reference.headers
         if self.adapter:
             self.part = part_tensors(reference.config, self.adapter.model_class, known)
             known = {name: known[name] for name in self.part.values()} or known
             self.adapter.settle(facts, known)
+            known = self._told_apart(known, facts)
         own = [*self.whole, *(self.adapter.changed if self.adapter else ())]
         stored_names = {**self.architecture.stored_names, **facts.stored_names}
         mapping = align(own, known, stored_names)
@@ -79,6 +83,24 @@ class Expert:
             if alias in reference.headers and alias not in self.names and stored in self.checkpoint.headers:
                 self.names[alias] = stored
         self.extra = [name for name in own if name not in mapping and name not in tied]
+
+    def _told_apart(self, known: Mapping[str, TensorHeader], facts: Architecture) -> Mapping[str, TensorHeader]:
+        """Return the tensors of the part that an adapter's shapes fit, where several parts have layers of these names."""
+        assert self.adapter is not None
+        changed = self.adapter.changed
+        found = readings(changed, known, facts.stored_names)
+        if len(found) < 2 or not found[0]:
+            return known
+        fitting = [one for one in found if all(self.shape(own) == known[to].shape for own, to in one.items())]
+        if len(fitting) != 1:
+            own = next(iter(found[0]))
+            raise IncompatibleExperts(
+                f"adapter {self.source.spec!r} fits several parts of its base: {own!r} may be "
+                f"{' or '.join(repr(one[own]) for one in found if own in one)}. Train or load it in the whole model and save it "
+                "again, or name its class in adapter_config.json (auto_mapping: base_model_class)"
+            )
+        self.part = fitting[0]
+        return {name: known[name] for name in self.part.values()}
 
     @property
     def architecture(self) -> Architecture:

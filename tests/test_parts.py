@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,3 +195,31 @@ def test_adapters_of_a_part_are_measured_in_the_whole(clip, adapters, tmp_path):
         experts.append({"model": adapter, "statistics": str(path)})
     merged = mats_hub.merge(experts, method="mats", iterations=3)
     assert {record.key for record in merged.report.solved} == names
+
+
+def test_adapters_that_do_not_say_of_which_part_they_are_are_told_by_shapes_or_refused(clip, adapters, tmp_path):
+    silent = shutil.copytree(adapters[0], tmp_path / "silent")
+    options = json.loads((silent / "adapter_config.json").read_text())
+    (silent / "adapter_config.json").write_text(json.dumps(options | {"auto_mapping": None}))
+    with pytest.raises(
+        PlanError, match=r"fits several parts .*'text_model\.encoder.*' or 'vision_model\.encoder.*base_model_class"
+    ):
+        mats_hub.merge([str(silent)], method="average", format="full")
+    narrow = {
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "vocab_size": 36,
+    }
+    config = transformers.CLIPConfig.from_pretrained(clip.base)
+    config.text_config = transformers.CLIPTextConfig(**narrow, max_position_embeddings=32, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "base")
+    options = {"base": str(tmp_path / "base"), "allow_other_base": True, "method": "average"}
+    found = mats_hub.merge([str(silent)], format="full", **options)
+    told = mats_hub.merge([adapters[0]], format="full", **options)
+    expected, base = state(told.folder), state(tmp_path / "base")
+    assert all(torch.equal(value, expected[key]) for key, value in state(found.folder).items())
+    assert {key.split(".")[0] for key, value in expected.items() if not torch.equal(value, base[key])} == {
+        "vision_model"
+    }
