@@ -278,6 +278,8 @@ def part_tensors(whole: Mapping[str, Any], class_name: str, names: Collection[st
 
     All of them together tell which part it is: several may have layers of the same names.
     """
+    if not class_name:
+        return {}
     import transformers
 
     kind = getattr(getattr(getattr(transformers, class_name, None), "config_class", None), "model_type", None)
@@ -357,9 +359,14 @@ def readings(
                     break
         return found
 
-    found = [mapped(*candidate) for candidate in candidates]
-    most = max(map(len, found))
-    return list({tuple(one.items()): one for one in found if len(one) == most}.values())
+    best: list[dict[str, str]] = []
+    for candidate in candidates:
+        found = mapped(*candidate)
+        if not best or len(found) > len(best[0]):
+            best = [found]
+        elif len(found) == len(best[0]) and found not in best:
+            best.append(found)
+    return best
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
