@@ -149,7 +149,7 @@ def _own_names(plan: Plan) -> dict[str, str]:
     """
     facts = describe(plan.reference.config)
     if any(expert.part for expert in plan.experts):
-        in_model = {stored: name for name, stored in facts.stored_names.items()}
+        in_model = facts.model_names
         return {entry.key: in_model.get(entry.key, entry.key) for entry in plan.merged_entries}
     names = {e.key: next(x.names[e.key] for x in plan.experts if x.holds(e.key)) for e in plan.merged_entries}
     in_body = [key for key in names if key.startswith(facts.prefix)]

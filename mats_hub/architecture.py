@@ -73,6 +73,11 @@ class Architecture:
     vocabulary: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def model_names(self) -> dict[str, str]:
+        """Name in a checkpoint → name in the model, where that is another one."""
+        return {stored: name for name, stored in self.stored_names.items()}
+
 
 def describe(config: Mapping[str, Any]) -> Architecture:
     """Return the facts about the model a config describes; empty facts for a model transformers does not know.

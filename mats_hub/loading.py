@@ -132,7 +132,7 @@ def part_names(expert: Expert, base: Source) -> dict[str, str]:
     """Return, of an expert that is a part of its base, each weight's name in the base's model → its name in the expert."""
     reference = Checkpoint(base)
     expert.align_to(reference)
-    in_model = {stored: name for name, stored in describe(reference.config).stored_names.items()}
+    in_model = describe(reference.config).model_names
     return {in_model.get(key, key): own for key, own in expert.names.items() if reference.headers[key].is_float}
 
 
@@ -201,7 +201,7 @@ def _load_task(source: Source, task: str, adapter: Expert | None, base: str | Pa
         built = _merged(built, adapter) if adapter else built
     head_file = f"{folder}/{HEAD_FILE}"
     stored = load_file(source.path(head_file)) if head_file in source.sizes else {}
-    in_model = {other: name for name, other in describe(content).stored_names.items()}
+    in_model = describe(content).model_names
     head = {in_model.get(name, name): tensor.to(built.dtype) for name, tensor in stored.items()}
     result = built.load_state_dict(head, strict=False)
     missing = sorted(set(info["missing_keys"]) - set(head))
@@ -292,7 +292,7 @@ def _part_of(model: Any, expert: Expert) -> str:
     facts = (
         describe({**model.config.to_dict(), "architectures": [type(model).__name__]}) if expert.part else Architecture()
     )
-    in_model = {stored: name for name, stored in facts.stored_names.items()}
+    in_model = facts.model_names
     pairs = ((f".{own}", in_model.get(stored, stored)) for own, stored in expert.part.items())
     return next((name.removesuffix(own) for own, name in pairs if name.endswith(own)), "")
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from mats_hub.adapter_planning import settle_format, with_origins
-from mats_hub.architecture import Architecture, align, describe, layer_pattern, part_config
+from mats_hub.architecture import Architecture, align, describe, layer_pattern
 from mats_hub.base import named_by_cards, open_base
 from mats_hub.checkpoint import parse_size
 from mats_hub.closed_form import has_closed_form
@@ -104,7 +104,7 @@ def _check_structure(plan: Plan) -> None:
     layers = {layer_pattern(key) for key in reference.headers if layer_pattern(key) != key}
     for expert in plan.experts:
         own_kind = expert.config.get("model_type")
-        if kind and own_kind and kind != own_kind and not part_config(reference.config, expert.config):
+        if kind and own_kind and kind != own_kind and not expert.is_part:
             plan.problems.append(
                 IncompatibleExperts(
                     f"expert {expert.name!r} is a {own_kind} model, but {reference.source.spec!r} is a {kind}; "

@@ -76,6 +76,10 @@ def add_commands(commands: Any) -> None:
         help="publish them: in the expert's repository, or in this one",
     )
     statistics.set_defaults(run=_statistics)
+    _add_commands_of_files(commands)
+
+
+def _add_commands_of_files(commands: Any) -> None:
     info = commands.add_parser("statistics-info", help="print what a statistics file holds; also: statistics info FILE")
     info.add_argument("file", help="the statistics file")
     info.set_defaults(run=_statistics_info)

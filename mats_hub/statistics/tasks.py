@@ -255,17 +255,21 @@ def open_task(
     if kind.name == "token-classification" and getattr(data.tokenizer, "add_prefix_space", None) is False:
         # As RoBERTa's: a word in a list is to have the tokens that it has inside of a text, behind a space.
         data.tokenizer = _load_processor(files, *TOKENIZER, add_prefix_space=True)
-    reads = getattr(config, "text_config", config)
-    limits = ("max_position_embeddings", "max_target_positions")
-    found = (getattr(reads, limit, None) for limit in limits)
-    positions = next((n for n in found if n and n > 0), 10**9)  # XLNet's are -1: any number
-    # RoBERTa and its kin, whose padding is token 1, count positions from 2 on; for others two are not missed.
-    reserved = 2 if getattr(reads, "pad_token_id", None) == 1 else 0
-    limit = min(data.tokenizer.model_max_length, positions - reserved)
-    data.max_length = max_length or (limit if limit < 10**6 else None)
+    data.max_length = max_length or _most_tokens(data.tokenizer, config)
     if kind.name == "zero-shot-image-classification":
         data.name_classes()
     return data
+
+
+def _most_tokens(tokenizer: Any, config: Any) -> int | None:
+    """Return how many tokens tokenizer and model take at most; None for any number."""
+    reads = getattr(config, "text_config", config)
+    found = (getattr(reads, limit, None) for limit in ("max_position_embeddings", "max_target_positions"))
+    positions = next((n for n in found if n and n > 0), 10**9)  # XLNet's are -1: any number
+    # RoBERTa and its kin, whose padding is token 1, count positions from 2 on; for others two are not missed.
+    reserved = 2 if getattr(reads, "pad_token_id", None) == 1 else 0
+    limit = min(tokenizer.model_max_length, positions - reserved)
+    return limit if limit < 10**6 else None
 
 
 def _load_processor(files: Sequence[Source], auto_class: str, *names: str, **options: Any) -> Any:
