@@ -91,8 +91,8 @@ def coverage_of(plan: Plan) -> list[dict[str, str]]:
     for expert, statistics in zip(plan.experts, plan.statistics, strict=True):
         covered = statistics.covers(kind, parameters) if statistics else {}
         # Of a part that was measured alone: other parts may have modules of the same names.
-        alone = (expert.is_part or expert.part) and not covered.keys() & plan.reference.headers.keys()
-        held: Collection[str] = (expert.part.values() or expert.names) if alone else plan.reference.headers
+        alone = expert.part and not covered.keys() & plan.reference.headers.keys()
+        held: Collection[str] = expert.part.values() if alone else plan.reference.headers
         names = align(covered, held, {**expert.architecture.stored_names, **stored_names})
         # A tied weight may be measured under a name that a checkpoint does not have.
         tied = {

@@ -29,8 +29,7 @@ class Expert:
         adapter: its adapter, or None for a full checkpoint.
         names: reference tensor → the expert's own name for it; filled by `align_to`.
         rows: reference tensor → how many of its leading rows are merged, where that is not all of them.
-        is_part: whether it is a full checkpoint of but a part of the reference; filled by `align_to`.
-        part: of an adapter of a part of the reference, what the part's tensors are called in it → in the reference; likewise.
+        part: of an expert of but a part of the reference, what the part's tensors are called in it → in the reference; likewise.
         extra: the expert's own tensors that the reference does not have (heads), held whole.
 
     Raises:
@@ -46,7 +45,6 @@ class Expert:
         self.names: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.extra: list[str] = []
-        self.is_part = False
         self.part: dict[str, str] = {}
 
     @property
@@ -67,7 +65,6 @@ class Expert:
     def align_to(self, reference: Checkpoint) -> None:
         """Find the expert's own name for each tensor of the reference, following prefixes, renamings and tied weights."""
         facts = describe(reference.config)
-        self.is_part = self.is_part_of(reference.config)
         known: Mapping[str, TensorHeader] = reference.headers
         if self.adapter:
             self.part = part_tensors(reference.config, self.adapter.model_class, known)
@@ -77,6 +74,8 @@ class Expert:
         own = [*self.whole, *(self.adapter.changed if self.adapter else ())]
         stored_names = {**self.architecture.stored_names, **facts.stored_names}
         mapping = align(own, known, stored_names)
+        if not self.adapter:
+            self.part = mapping if self.is_part_of(reference.config) else {}
         self.names = {target: name for name, target in mapping.items()}
         tied = {} if self.adapter else self.architecture.tied
         for alias, stored in tied.items():
@@ -159,7 +158,7 @@ class Expert:
 
     def task_config(self, base_config: dict[str, Any]) -> dict[str, Any]:
         """Return the config that, with the merged body and this expert's head, gives back its model."""
-        if self.is_part:
+        if self.part:
             return dict(base_config)
         if self.config or not self.adapter:
             return self.config
@@ -174,7 +173,7 @@ class Expert:
     @property
     def auto_class(self) -> str:
         """The transformers class that loads this expert: its own, or its adapter's task type's; '' is the base's."""
-        if self.is_part:
+        if self.part:
             return ""
         if self.adapter and not self.config:
             return TASK_CLASSES.get(str(self.adapter.options.get("task_type")), "")

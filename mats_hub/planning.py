@@ -104,7 +104,7 @@ def _check_structure(plan: Plan) -> None:
     layers = {layer_pattern(key) for key in reference.headers if layer_pattern(key) != key}
     for expert in plan.experts:
         own_kind = expert.config.get("model_type")
-        if kind and own_kind and kind != own_kind and not expert.is_part:
+        if kind and own_kind and kind != own_kind and not expert.part:
             plan.problems.append(
                 IncompatibleExperts(
                     f"expert {expert.name!r} is a {own_kind} model, but {reference.source.spec!r} is a {kind}; "
@@ -332,7 +332,7 @@ def _decide(
     holders = [expert for expert in plan.experts if expert.holds(key)]
     if not holders:
         return Action.COPY, "no expert changes it"
-    if any(not (expert.holds(key) or expert.adapter or expert.is_part) for expert in plan.experts):
+    if any(not (expert.holds(key) or expert.adapter or expert.part) for expert in plan.experts):
         return Action.KEEP, "not every expert has it"
     if heads.is_head(key) and heads.labels_differ:
         return Action.KEEP, "the experts' labels differ"

@@ -331,7 +331,7 @@ def _only(network: Any, expert: Expert, base: Source, vectors: bool) -> set[str]
     """Return the names, in the loaded network, of what an adapter changes, or a part of a model has; None for all."""
     if expert.adapter and vectors:
         return {name for name, _ in network.named_parameters() if _own_name(name) in expert.adapter.changed}
-    if expert.is_part or expert.part:
+    if expert.part:
         return set(part_names(expert, base))
     return {*expert.adapter.changed, *expert.adapter.saved} if expert.adapter else None
 
