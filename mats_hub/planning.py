@@ -14,29 +14,17 @@ import torch
 
 from mats_hub.adapter_planning import settle_format, with_origins
 from mats_hub.architecture import Architecture, align, describe, layer_pattern
-from mats_hub.base import named_by_cards, open_base
-from mats_hub.checkpoint import parse_size
-from mats_hub.closed_form import has_closed_form
+from mats_hub.base import open_base
 from mats_hub.companion_choice import choose_companions
 from mats_hub.coverage import coverage_of, decide_solvable, open_statistics
-from mats_hub.curvature import Dense, Diagonal, Gram, Identity, Kronecker
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
-from mats_hub.initialization_options import INITIALIZATION_OPTIONS, Consensus, Slerp
-from mats_hub.lora import LoraAdapter
-from mats_hub.plan import LINEAR_INITIALIZATIONS, MATRIX_KINDS, Action, Entry, Plan
+from mats_hub.method_checks import method_problems
+from mats_hub.plan import MATRIX_KINDS, Action, Entry, Plan
 from mats_hub.recipe import NAME_PATTERN, Recipe
 from mats_hub.source import open_source
 from mats_hub.threads import in_threads, workers
 from mats_hub.vocabulary import Vocabulary, tell_config_differences
-
-CURVATURE_CLASSES = {
-    "gram": Gram,
-    "kfac": Kronecker,
-    "fisher": Diagonal,
-    "block_fisher": Dense,
-    "task_vector": Gram,
-}
 
 
 def make_plan(recipe: Recipe, token: str | bool | None = None, stream: bool = False) -> Plan:
@@ -66,7 +54,7 @@ def make_plan(recipe: Recipe, token: str | bool | None = None, stream: bool = Fa
         _check_structure(plan)
     structure = not plan.problems
     open_statistics(plan, token)
-    _check_method(plan)
+    plan.problems.extend(method_problems(plan))
     if structure:
         _fill_entries(plan)
     plan.recipe = _pinned(plan)
@@ -143,71 +131,6 @@ def _in_reference(expert: Expert, own: str) -> str:
             return target[: -len(name)] + own
         break
     return own
-
-
-def _check_method(plan: Plan) -> None:
-    """Refuse methods that cannot do what is asked with what is there."""
-    recipe = plan.recipe
-    start = recipe.initialization
-    if isinstance(start, Slerp) and len(plan.experts) > 2:
-        plan.problems.append(
-            RecipeError(
-                f"slerp interpolates between two experts, and there are {len(plan.experts)}; merge two of them, or use average"
-            )
-        )
-    if isinstance(start, Consensus) and len(start.mask_scale) not in (1, len(plan.experts)):
-        plan.problems.append(
-            RecipeError(
-                f"mask_scale has {len(start.mask_scale)} values for {len(plan.experts)} experts; give one, or one for each "
-                "(--mask-scale)"
-            )
-        )
-    if plan.base is None and start.method not in ("average", "slerp"):
-        named = named_by_cards(plan)
-        plan.problems.append(
-            RecipeError(
-                f"{start.method} works on task vectors, which need the base the experts were fine-tuned from; "
-                f"name it with 'base' (--base{f' {named}, as their cards do' if named else ''}), or use average, fisher, "
-                "regmean or mats from average"
-            )
-        )
-    below = next((expert for expert in plan.experts if expert.weight < 0), None)
-    extrapolates = start.method == "average" and sum(expert.weight for expert in plan.experts) > 0
-    if below and (recipe.curvature or not (start.signed or extrapolates)):
-        signed = ", ".join(name for name, options in INITIALIZATION_OPTIONS.items() if options.signed)
-        plan.problems.append(
-            RecipeError(
-                f"expert {below.name!r} has weight {below.weight:g}, but method {recipe.method!r} takes no task away. Those that "
-                f"add up task vectors do ({signed}), and average where the weights have a sum above 0"
-            )
-        )
-    if recipe.curvature and recipe.solver and recipe.solver.method == "exact":
-        kinds = [CURVATURE_CLASSES[recipe.curvature.kind]] * len(plan.experts) + [Identity] * bool(
-            recipe.solver.damping
-        )
-        if not has_closed_form(kinds):
-            plan.problems.append(
-                RecipeError(
-                    f"solver 'exact' has no closed form for kfac with {len(plan.experts)} experts (two at most, and without "
-                    "damping); use solver 'cg'"
-                )
-            )
-    if recipe.solver and recipe.solver.subspace == "factors":
-        lora = all(isinstance(expert.adapter, LoraAdapter) for expert in plan.experts)
-        linear = recipe.initialization.method in LINEAR_INITIALIZATIONS
-        if recipe.output.format != "adapter" or not lora or not linear:
-            plan.problems.append(
-                RecipeError(
-                    "subspace 'factors' solves within the span of LoRA factors, for a merge of LoRA adapters into an adapter "
-                    f"(--format adapter) from {' or '.join(LINEAR_INITIALIZATIONS)}; leave it out (--subspace)"
-                )
-            )
-    try:
-        parse_size(recipe.output.max_shard_size)
-    except ValueError:
-        plan.problems.append(
-            RecipeError(f"output.max_shard_size is {recipe.output.max_shard_size!r}; write for example '5GB'")
-        )
 
 
 def _fill_entries(plan: Plan) -> None:

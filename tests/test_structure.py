@@ -52,7 +52,7 @@ FLOORS = (
     ("plan",),
     ("coverage", "adapter_planning", "matching"),
     ("base", "companion_choice", "reading"),
-    ("vocabulary",),
+    ("method_checks", "vocabulary"),
     ("thresholds",),
     ("planning", "merging", "scoring"),
     ("evaluation",),
