@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,8 +22,16 @@ def join() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)  # a process that ends with open connections may be aborted
+        atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _leave() -> None:
+    """End the connections to the others: a process that ends with open ones may be aborted."""
+    # What its thread holds of the last exchange, gloo gives back under the interpreter's lock, with which torch 2.6 waits
+    # here for that very thread.
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def local_device(name: str) -> str:
