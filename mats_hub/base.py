@@ -8,8 +8,9 @@ from mats_hub.adapter_planning import outline
 from mats_hub.checkpoint import Checkpoint
 from mats_hub.errors import IncompatibleExperts, MatsError, RecipeError
 from mats_hub.expert import Expert
+from mats_hub.hub_id import is_hub_id
 from mats_hub.plan import Plan
-from mats_hub.source import Source, is_hub_id, open_source
+from mats_hub.source import Source, open_source
 
 
 def open_base(plan: Plan, token: str | bool | None) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from mats_hub.card import CARD_FILE, MERGE_TAG
 from mats_hub.errors import HubError, MatsError, SourceError
 from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.hub_id import is_hub_id
 from mats_hub.recipe import RECIPE_FILE, Recipe
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import is_hub_id, open_source
+from mats_hub.source import open_source
 
 MAX_DEPTH = 8
 """Generations that a lineage is followed for."""

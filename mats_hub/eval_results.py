@@ -8,8 +8,8 @@ import yaml
 
 from mats_hub.errors import MatsError
 from mats_hub.hub_client import hub_api, hub_errors, persistently
+from mats_hub.hub_id import HUB_ID
 from mats_hub.report import MERGED, MergeReport
-from mats_hub.source import HUB_ID
 
 FOLDER = ".eval_results"
 REGISTRATION = "eval.yaml"

@@ -15,8 +15,9 @@ from mats_hub.checkpoint import shard_names
 from mats_hub.errors import HubError
 from mats_hub.eval_results import eval_result_files
 from mats_hub.hub_client import hub_api, hub_errors, is_connection_error
+from mats_hub.hub_id import HUB_ID, is_hub_id, split_id
 from mats_hub.report import REPORT_FILE, MergeReport
-from mats_hub.source import HUB_ID, Source, is_hub_id, open_source, split_id
+from mats_hub.source import Source, open_source
 from mats_hub.statistics.file import STATISTICS_FILE, Statistics
 from mats_hub.statistics.remote import SECTION, STATISTICS_TAG, describe_statistics
 from mats_hub.statistics.storage import INDEX_ENDING

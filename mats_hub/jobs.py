@@ -10,9 +10,9 @@ from mats_hub import __version__
 from mats_hub.errors import HubError, RecipeError, unknown
 from mats_hub.hub import check_can_push
 from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.hub_id import is_hub_id
 from mats_hub.planning import make_plan
 from mats_hub.recipe import Recipe
-from mats_hub.source import is_hub_id
 
 IMAGE = "python:3.12"
 GPU_IMAGE = "pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime"

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from mats_hub.errors import RecipeError, unknown
+from mats_hub.hub_id import from_address, short_name
 from mats_hub.initialization_options import (
     INITIALIZATION_OPTIONS,
     Average,
@@ -36,14 +37,10 @@ PARAMETERS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 it scales features; it is added."""
 
 
-Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A Hub id, or a path on this machine."""
-
-
-def short_name(model: str) -> str:
-    """Return the last part of an id or a path."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model.partition("@")[0].rsplit("/", 1)[-1]
+Place = Annotated[
+    str, BeforeValidator(lambda value: from_address(str(value)) if isinstance(value, str | Path) else value)
+]
+"""A Hub id, given as such or as the address of its page, or a path on this machine."""
 
 
 class Curvature(Part):

@@ -14,15 +14,13 @@ from typing import Any
 from mats_hub import __version__
 from mats_hub.errors import CheckpointError, SourceError, WrongBytes
 from mats_hub.hub_client import TRIES, hub_api, hub_errors, persistently
+from mats_hub.hub_id import from_address, is_hub_id, split_id
 from mats_hub.tensor_header import TensorHeader, check_header, read_header
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 """Of these one says where the weights are."""
 
 CONFIGS = ("config.json", "adapter_config.json")
-
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
-SUBFOLDER = re.compile(r"^(?:/\w[\w.=+-]*)*$")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
     """Open a local folder, or a Hub model ``owner/name[/folder][@revision]`` pinned to the commit its revision names now.
 
     Args:
-        spec: the folder, or the Hub id.
+        spec: the folder, or the Hub id or the address of its page.
         token: Hub token; the one stored on this machine otherwise.
         streamed: whether weights that are not on this machine are to be read by range.
 
@@ -291,7 +289,7 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
         SourceError: there is no such folder or repository, or the Hub cannot be reached.
 
     """
-    text = str(spec)
+    text = from_address(str(spec))
     folder = Path(text).expanduser()
     if folder.is_dir():
         return _folder_source(text, folder)
@@ -306,18 +304,6 @@ def open_source(spec: str | Path, token: str | bool | None = None, streamed: boo
         if any((converted / name).is_file() for name in WEIGHTS):
             source = _folder_source(text, converted, source)
     return replace(source, streamed=streamed)
-
-
-def is_hub_id(name: str) -> bool:
-    """Tell whether a name can be that of a model on the Hub: of a repository, or of a folder in one."""
-    repository, _ = split_id(name)
-    return bool(HUB_ID.match(repository) and SUBFOLDER.match(name.removeprefix(repository)))
-
-
-def split_id(name: str) -> tuple[str, str]:
-    """Return the repository of ``owner/name[/folder]``, and the folder in it."""
-    parts = name.split("/")
-    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def converted_folder(source: Source) -> Path:

@@ -21,6 +21,7 @@ from run_views import answers, body_of, curves_of, pictures, problem_list, score
 import mats_hub
 from mats_hub import MatsError, Recipe
 from mats_hub.browsing import read_card, read_recipe
+from mats_hub.hub_id import from_address
 from mats_hub.jobs import hardware
 
 ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
@@ -42,7 +43,7 @@ def token_of(token: gr.OAuthToken | None) -> str | bool | None:
 
 def add(chosen: str | None, experts: list[str]) -> tuple[list[str], Any]:
     """Add an expert."""
-    chosen = (chosen or "").strip()
+    chosen = from_address((chosen or "").strip())
     if not HUB_ID.fullmatch(chosen) or ".." in chosen:
         raise gr.Error(f"{chosen[:80]!r} is no Hub id. Write owner/name or owner/name@revision.")
     if chosen in experts:

@@ -12,6 +12,7 @@ from example_experts import HUB_ID
 
 from mats_hub import MatsError
 from mats_hub.hub_client import hub_api, hub_errors
+from mats_hub.hub_id import from_address
 
 FOUND, KEPT_SECONDS, KEPT = 8, 60.0, 500
 PER_MINUTE = 240
@@ -21,7 +22,7 @@ TEMPLATE = """
 <div class="finder">
   <label for="finder-input">Search models</label>
   <input id="finder-input" role="combobox" aria-expanded="false" aria-controls="finder-list" aria-autocomplete="list"
-    autocomplete="off" spellcheck="false" maxlength="200" placeholder="words, or owner/name">
+    autocomplete="off" spellcheck="false" maxlength="200" placeholder="words, owner/name, or the address of its page">
   <ul id="finder-list" role="listbox" aria-label="Found models" hidden></ul>
   <p class="finder-note" role="status"></p>
 </div>
@@ -95,7 +96,7 @@ class Finder:
 
     def find(self, words: str) -> str:
         """Return what the Hub finds for some words: ``found``, ids with what each is, and a note, as JSON."""
-        words = words.strip() if isinstance(words, str) else ""
+        words = from_address(words.strip()) if isinstance(words, str) else ""
         if not 2 <= len(words) <= 100:
             return json.dumps({"found": [], "note": ""})
         now = time.monotonic()

@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 import mats_hub
 from mats_hub.errors import CheckpointError, HubError, MatsError, PlanError, SourceError
+from mats_hub.hub_id import from_address
 from mats_hub.recipe import Recipe
 from mats_hub.source import open_source
 
@@ -172,6 +173,48 @@ def test_ids_that_lead_nowhere(hub, published, spec, message):
     hub.create("alice/hidden", {"config.json": b"{}"}, private=True)
     with pytest.raises(SourceError, match=message):
         open_source(spec, token=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/alice/alpha", "alice/alpha"),
+        ("https://huggingface.co/alice/alpha/tree/main", "alice/alpha"),
+        ("https://huggingface.co/alice/alpha/tree/0c1d/checkpoint-500/a?not-for-all-audiences=true#top", None),
+        ("https://huggingface.co/alice/alpha/tree/refs%2Fpr%2F1", "alice/alpha@refs/pr/1"),
+        ("https://huggingface.co/alice/alpha/blob/main/sub/config.json", "alice/alpha/sub"),
+        ("https://huggingface.co/alice/alpha/resolve/v1/model.safetensors?download=true", "alice/alpha@v1"),
+        ("https://huggingface.co/alice/alpha/commit/0c1d", "alice/alpha@0c1d"),
+        ("https://huggingface.co/alice/alpha/discussions/3", "alice/alpha"),
+        ("https://huggingface.co/gpt2/tree/main/onnx", "gpt2/onnx"),
+        ("http://www.huggingface.co/gpt2/", "gpt2"),
+        ("huggingface.co/alice/alpha", "alice/alpha"),
+        ("hf.co/alice/alpha", "alice/alpha"),
+        ("https://huggingface.co/datasets/alice/data/viewer/default/train", "alice/data"),
+        ("https://huggingface.co/", ""),
+        ("https://huggingface.co/alice/alpha/else", ""),
+        ("ftp://huggingface.co/alice/alpha", ""),
+        ("https://huggingface.co.example.com/alice/alpha", ""),
+        ("https://example.com/huggingface.co/alice/alpha", ""),
+        ("alice/alpha@v1", ""),
+    ],
+)
+def test_an_address_copied_from_a_browser_is_an_id(address, name):
+    assert from_address(address) == ("alice/alpha/checkpoint-500/a@0c1d" if name is None else name or address)
+
+
+def test_addresses_serve_wherever_ids_do(hub, published, local):
+    page = f"{huggingface_hub.constants.ENDPOINT}/alice/"
+    hub.create("alice/data", {"validation.jsonl": local.data("alpha").read_bytes()}, repo_type="dataset")
+    experts = [f"{page}alpha/tree/main", {"model": f"{page}beta", "name": "b"}]
+    merged = mats_hub.merge(experts, base=f"{page}base", method="ties", token=published)
+    assert [(expert["repo_id"], expert["name"]) for expert in merged.report.experts] == [
+        ("alice/alpha", "alpha"),
+        ("alice/beta", "b"),
+    ]
+    data = f"{huggingface_hub.constants.ENDPOINT}/datasets/alice/data"
+    found = mats_hub.compute_statistics(f"{page}alpha", dataset=data, kind="gram", token=published)
+    assert found.provenance.dataset == "alice/data"
 
 
 def test_a_gated_expert_says_what_to_do(hub, published, local):

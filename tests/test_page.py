@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 import family as families
 import hub_jobs  # noqa: F401 (the Hub server answers about Jobs then)
+import huggingface_hub
 import models
 import pytest
 import yaml
@@ -191,6 +192,10 @@ def test_models_are_found_as_one_types_by_keyboard_and_mouse(visit, published):
     box.press_sequentially("bet")
     page.get_by_role("option", name="alice/beta").click()
     page.get_by_role("checkbox", name="alice/beta").wait_for()
+    box.fill(f"{huggingface_hub.constants.ENDPOINT}/alice/gamma/tree/main")
+    page.get_by_role("option", name="alice/gamma").wait_for()
+    box.press("Enter")
+    page.get_by_role("checkbox", name="alice/gamma", exact=True).wait_for()
     box.press_sequentially("no such model")
     page.get_by_text("The Hub has no model that matches").wait_for()
     box.press("Escape")

@@ -16,7 +16,7 @@ ROOT = Path(mats_hub.__file__).parents[1]
 PACKAGE = ROOT / "mats_hub"
 
 FLOORS = (
-    ("errors", "initialization_options", "methods"),
+    ("errors", "hub_id", "initialization_options", "methods"),
     ("schema_errors",),
     (
         "hf_extension",

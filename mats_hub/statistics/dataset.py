@@ -11,7 +11,7 @@ from typing import Any
 
 from mats_hub.errors import SourceError, StatisticsError, unknown
 from mats_hub.hub_client import hub_api, hub_errors
-from mats_hub.source import HUB_ID
+from mats_hub.hub_id import HUB_ID, from_address
 
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -162,7 +162,8 @@ def load_dataset(
         raise SourceError(
             "a data set that is streamed has no end that is known; take some of it: list(streamed.take(400))"
         )
-    path = Path(str(name)).expanduser()
+    name = from_address(str(name))
+    path = Path(name).expanduser()
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     try:
         with _no_progress_bars():
@@ -177,13 +178,13 @@ def load_dataset(
                 saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
                 loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), config)
                 return _part(loaded, split), path.resolve().name, None
-            repo_id, _, revision = str(name).partition("@")
+            repo_id, _, revision = name.partition("@")
             if not HUB_ID.match(repo_id):
                 raise SourceError(
-                    f"{str(name)!r} is no file or folder on this machine, and no Hub id like 'owner/name' or "
+                    f"{name!r} is no file or folder on this machine, and no Hub id like 'owner/name' or "
                     "'owner/name@revision'"
                 )
-            with hub_errors(str(name)):
+            with hub_errors(name):
                 commit = hub_api(token).dataset_info(repo_id, revision=revision or None).sha
                 loaded = datasets.load_dataset(
                     repo_id, config, split=split or "validation", revision=commit, token=token
@@ -191,9 +192,7 @@ def load_dataset(
             return loaded, repo_id, commit
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
         text = str(error.__cause__ or error).strip().splitlines()
-        raise SourceError(
-            f"data set {str(name)!r} cannot be read: {text[0] if text else type(error).__name__}"
-        ) from error
+        raise SourceError(f"data set {name!r} cannot be read: {text[0] if text else type(error).__name__}") from error
 
 
 def _part(loaded: Any, split: str | None) -> Any:
