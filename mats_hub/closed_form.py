@@ -152,20 +152,60 @@ def _simultaneous(a: Tensor, b: Tensor, accuracy: Accuracy) -> tuple[Tensor, Ten
 
 
 def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:
-    """Solve matrix · z = rhs for a symmetric PSD matrix or a stack of them, with z = 0 in the numerical null space."""
+    """Solve matrix · z = rhs for a symmetric PSD matrix or a stack of them, with z = 0 in the numerical null space.
+
+    An entry of a Gram is as accurate as its two features are large. So rows and columns are scaled to a unit diagonal first,
+    where features of any size count alike: with matrix = S U S, what of U is no more than noise is unseen.
+    """
     if matrix.dim() == 3:
         return torch.stack([_solve_symmetric(m, r, accuracy) for m, r in zip(matrix, rhs, strict=True)])
     wide, right = in_float64(matrix), in_float64(rhs)
-    cutoff = _cutoff(len(wide), accuracy)
-    factor, failed = torch.linalg.cholesky_ex(wide)
-    pivots = factor.diagonal() ** 2
-    # A pivot bounds the smallest eigenvalue from above; 1e3 of margin keeps nearly singular matrices with `eigh`.
-    if not failed and pivots.min() > 1e3 * cutoff * pivots.max():
-        return torch.cholesky_solve(right, factor).to(rhs)
-    values, vectors = _eigh(matrix, accuracy)
-    keep = values > cutoff * values[-1].clamp(min=0)
-    basis = vectors[:, keep]
-    return (basis @ ((basis.T @ right) / values[keep, None])).to(rhs)
+    unit, inverse = _unit_diagonal(wide)
+    cutoff = _noise(unit, accuracy)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    if not failed and _smallest_eigenvalue(factor) > 2 * cutoff:
+        return (inverse * torch.cholesky_solve(inverse * right, factor)).to(rhs)
+    values, vectors = _eigh(unit, accuracy)
+    seen = values > cutoff
+    basis, unseen = inverse * vectors[:, seen], torch.linalg.qr(inverse * vectors[:, ~seen]).Q
+    z = torch.zeros_like(right)
+    for _ in range(2):  # the second time for what the first left of the directions that are seen
+        left = right - wide @ z
+        left -= unseen @ (unseen.T @ left)
+        step = basis @ ((basis.T @ left) / values[seen, None])
+        z += step - unseen @ (unseen.T @ step)
+    return z.to(rhs)
+
+
+def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a PSD matrix with its rows and columns divided by the roots of its diagonal, and what they are multiplied by.
+
+    A feature that was never seen, whose row and column are zero, is multiplied by zero and has a one on the diagonal.
+    """
+    diagonal = matrix.diagonal()
+    largest = float(diagonal.max()) if len(matrix) else 0.0
+    never = diagonal <= 0
+    if never.any():
+        _refuse_negative(-float(matrix[never].abs().max()), largest)
+    inverse = torch.where(never, 0, torch.where(never, 1, diagonal).rsqrt())[:, None]
+    unit = matrix * inverse * inverse.T
+    unit.diagonal().fill_(1)
+    return unit, inverse
+
+
+def _noise(unit: Tensor, accuracy: Accuracy) -> float:
+    """Return the eigenvalue of a matrix with a unit diagonal below which rounding explains it."""
+    eps, stored = accuracy
+    # Sums are off in any entry; roundings of stored entries are independent of each other, and as large as these are.
+    return max(len(unit) * eps, stored * float(torch.linalg.matrix_norm(unit)) / math.sqrt(max(len(unit), 1)))
+
+
+def _smallest_eigenvalue(factor: Tensor) -> float:
+    """Return the smallest eigenvalue of L Lᵀ, estimated from above, to a few tens of percent, by powers of its inverse."""
+    probes = torch.randn(len(factor), 4, dtype=factor.dtype, generator=torch.Generator().manual_seed(0)).to(factor)
+    for _ in range(12):
+        probes = torch.cholesky_solve(torch.nn.functional.normalize(probes, dim=0), factor)
+    return 1 / float(torch.linalg.vector_norm(probes, dim=0).max()) if len(factor) else math.inf
 
 
 def _eigh(matrix: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor]:

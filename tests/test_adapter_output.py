@@ -752,8 +752,10 @@ def by_hand(system: System, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     system = system.damped(options.get("damping", 1.0 if options.get("curvature") == "task_vector" else 0), start)
     if "iterations" not in options:
         operator = system.apply(torch.eye(len(system.metric)).double())
-        inverse = torch.linalg.pinv(operator, rtol=len(operator) * torch.finfo(torch.float32).eps, hermitian=True)
-        return start + (system.rhs - system.apply(start)) @ inverse, system.metric
+        scale = operator.diagonal().rsqrt()
+        smallest = torch.linalg.eigvalsh(operator * torch.outer(scale, scale))[0]
+        assert smallest > len(operator) * torch.finfo(torch.float32).eps  # no direction is unseen
+        return start + torch.linalg.solve(operator, system.rhs - system.apply(start), left=False), system.metric
     if options.get("subspace") == "factors":
         Q = span(deltas)
         small = system.within(Q)

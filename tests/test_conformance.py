@@ -501,6 +501,20 @@ def test_the_nearest_kronecker_product_is_the_term_itself_and_keeps_partial_trac
             nearest_kronecker(match([bad], [draw(OUT, IN, seed=3)], [1.0]))
 
 
+@pytest.mark.parametrize("rank", [12, 100])
+def test_inputs_of_any_size_are_solved_alike(rank):
+    """What an input ten thousand times smaller than another says is as accurate as what the large one says."""
+    size = 64
+    inputs = [draw(size, rank, seed=seed) * torch.logspace(0, -4, size).double()[:, None] for seed in range(3)]
+    deltas, x0 = [draw(OUT, size, seed=10 + seed) for seed in range(3)], draw(OUT, size, seed=5)
+    stored = match([Gram((X @ X.T).float()) for X in inputs], [delta.float() for delta in deltas], [1.0] * 3)
+    right = sum((delta - x0) @ X @ X.T for X, delta in zip(inputs, deltas, strict=True))
+    together = torch.cat(inputs, 1)
+    expected = x0 + right @ torch.linalg.pinv(together @ together.T, rtol=1e-13, hermitian=True)
+    weigh = together.norm(dim=1)
+    close(exact(stored, x0.float()).value.double() * weigh, expected * weigh, 1e-3)
+
+
 def test_two_kronecker_products_are_solved_to_the_last_digit():
     system = problem(CURVATURES["kronecker"], 2)
     assert exact(system, torch.zeros(OUT, IN, dtype=torch.float64)).residual < 1e-12
@@ -518,6 +532,10 @@ def test_what_is_no_curvature_is_refused():
         for solve in (SOLVERS["conjugate gradient"], exact):
             with pytest.raises(NumericalError, match="not positive semidefinite"):
                 solve(LinearSystem((curvature,), (draw(OUT, IN, seed=1),)), draw(OUT, IN, seed=2))
+    beside = torch.eye(IN).double()
+    beside[0, 0], beside[0, 1], beside[1, 0] = 0, 1, 1
+    with pytest.raises(NumericalError, match="not positive semidefinite"):
+        exact(LinearSystem((Gram(beside),), (draw(OUT, IN, seed=1),)), draw(OUT, IN, seed=2))
     pair = (Kronecker(-psd(OUT, 1), psd(IN, 2)), Kronecker(psd(OUT, 3), psd(IN, 4)))
     system = LinearSystem(pair, (draw(OUT, IN, seed=1), draw(OUT, IN, seed=2)))
     for solve in SOLVERS.values():
