@@ -159,8 +159,8 @@ def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:
     """
     if matrix.dim() == 3:
         return torch.stack([_solve_symmetric(m, r, accuracy) for m, r in zip(matrix, rhs, strict=True)])
-    wide, right = in_float64(matrix), in_float64(rhs)
-    unit, inverse = _unit_diagonal(wide)
+    right = in_float64(rhs)
+    unit, inverse = _unit_diagonal(in_float64(matrix))
     cutoff = _noise(unit, accuracy)
     factor, failed = torch.linalg.cholesky_ex(unit)
     if not failed and _smallest_eigenvalue(factor) > 2 * cutoff:
@@ -168,9 +168,10 @@ def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:
     values, vectors = _eigh(unit, accuracy)
     seen = values > cutoff
     basis, unseen = inverse * vectors[:, seen], torch.linalg.qr(inverse * vectors[:, ~seen]).Q
+    roots = torch.where(inverse > 0, 1 / inverse, 0)
     z = torch.zeros_like(right)
     for _ in range(2):  # the second time for what the first left of the directions that are seen
-        left = right - wide @ z
+        left = right - roots * (unit @ (roots * z))
         left -= unseen @ (unseen.T @ left)
         step = basis @ ((basis.T @ left) / values[seen, None])
         z += step - unseen @ (unseen.T @ step)
@@ -188,7 +189,7 @@ def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if never.any():
         _refuse_negative(-float(matrix[never].abs().max()), largest)
     inverse = torch.where(never, 0, torch.where(never, 1, diagonal).rsqrt())[:, None]
-    unit = matrix * inverse * inverse.T
+    unit = (matrix * inverse).mul_(inverse.T)
     unit.diagonal().fill_(1)
     return unit, inverse
 
