@@ -39,6 +39,7 @@ from models import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 import mats_hub
 from mats_hub.cli import main
@@ -59,7 +60,7 @@ from mats_hub.statistics import measure as measuring
 from mats_hub.statistics.collect import collect, survey
 from mats_hub.statistics.dataset import Columns
 from mats_hub.statistics.sketch import Sketch, nystrom
-from mats_hub.statistics.tasks import open_task
+from mats_hub.statistics.tasks import infer_task, open_task
 from mats_hub.statistics.watch import Watch, linear_modules, transposed_modules
 
 EXAMPLES = 7
@@ -503,6 +504,48 @@ def test_seq2seq_needs_its_target_for_grams_too(cases: dict[str, Any]) -> None:
     dataset = case.data.dataset.remove_columns("target")
     with pytest.raises(StatisticsError, match="--target"):
         task_data(case.folder, case.model, dataset, needs_labels=False)
+
+
+def test_translations_are_read_from_the_fields_of_a_column(cases: dict[str, Any]) -> None:
+    case = cases["t5"]
+    pairs = case.data.dataset
+    inside = datasets.Dataset.from_list(
+        [{"translation": {"en": row["text"], "de": row["target"]}} for row in pairs.select_columns(["text", "target"])]
+    )
+    with pytest.raises(StatisticsError, match=r"--text\. The data set has: translation\.en, translation\.de"):
+        task_data(case.folder, case.model, inside)
+    named = Columns(text=("translation.en",), target="translation.de")
+    found, plain = (
+        list(task_data(case.folder, case.model, rows, columns).batches(2))
+        for rows, columns in ((inside, named), (pairs, Columns()))
+    )
+    assert len(found) == len(plain) > 1
+    for one, other in zip(found, plain, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    with pytest.raises(StatisticsError, match=r"'translation\.fr'. Did you mean"):
+        task_data(case.folder, case.model, inside, Columns(text=("translation.en",), target="translation.fr"))
+
+
+@pytest.mark.parametrize(
+    ("table", "kinds"),
+    [
+        ("AUDIO_CLASSIFICATION", ["audio-classification"]),
+        ("SEQUENCE_CLASSIFICATION", ["text-classification"]),
+        ("TOKEN_CLASSIFICATION", ["token-classification"]),
+        ("QUESTION_ANSWERING", ["question-answering"]),
+        ("MULTIPLE_CHOICE", ["multiple-choice"]),
+        ("CAUSAL_LM", ["causal-lm", "image-text-to-text", "seq2seq"]),
+        ("SEQ_TO_SEQ_CAUSAL_LM", ["seq2seq", "speech-recognition", "image-text-to-text"]),
+        ("SPEECH_SEQ_2_SEQ", ["speech-recognition"]),
+        ("CTC", ["ctc"]),
+        ("ZERO_SHOT_IMAGE_CLASSIFICATION", ["zero-shot-image-classification"]),
+    ],
+)
+def test_every_class_of_transformers_tables_has_its_task(table: str, kinds: list[str]) -> None:
+    names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
+    found = {name: infer_task(name).name for name in names}
+    assert found
+    assert not {name: kind for name, kind in found.items() if kind not in kinds}
 
 
 def test_model_without_a_task_or_tokenizer_is_refused(cases: dict[str, Any], tmp_path: Path) -> None:

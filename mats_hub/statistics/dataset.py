@@ -79,6 +79,17 @@ class Columns:
         """Return the roles that are taken."""
         return {role: value for role, value in vars(self).items() if value}
 
+    @property
+    def names(self) -> list[str]:
+        """The columns, whatever role they play."""
+        return [name for value in vars(self).values() if value for name in listed(value)]
+
+
+def with_fields(dataset: Any, given: Columns) -> Any:
+    """Return the data set with a column for each field of its others, as ``translation.de``, where such a one is given."""
+    inside = any("." in name and name not in dataset.column_names for name in given.names)
+    return dataset.flatten() if inside else dataset
+
 
 def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labels: bool = True) -> Columns:
     """Return the columns to read, those that were not given being inferred from their names.
@@ -88,17 +99,17 @@ def infer_columns(dataset: Any, given: Columns, roles: Sequence[str], needs_labe
 
     """
     present = list(dataset.column_names)
-    for value in vars(given).values():
-        for column in value if isinstance(value, tuple) else (value,):
-            if column is not None and column not in present:
-                raise StatisticsError(unknown("column", column, present))
+    for column in given.names:
+        if column not in present:
+            raise StatisticsError(unknown("column", column, present))
     chosen: dict[str, Any] = {}
     for kind in roles:
         role = PLAYED_BY.get(kind, kind)
         value = getattr(given, role) or infer_role(kind, present)
         if not value and (needs_labels or role != "label"):
             raise StatisticsError(
-                f"cannot tell which column is the {kind}; name it with --{role}. The data set has: {', '.join(present)}"
+                f"cannot tell which column is the {kind}; name it with --{role}. The data set has: "
+                f"{', '.join(dataset.flatten().column_names)}"
             )
         if value:
             chosen[role] = value

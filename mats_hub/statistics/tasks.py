@@ -9,7 +9,7 @@ import torch
 
 from mats_hub.errors import StatisticsError, unknown
 from mats_hub.source import Source
-from mats_hub.statistics.dataset import Columns, infer_columns, infer_role
+from mats_hub.statistics.dataset import Columns, infer_columns, infer_role, with_fields
 from mats_hub.statistics.encoding import (
     audio_classification,
     causal_lm,
@@ -72,13 +72,23 @@ TASKS: dict[str, Task] = {
         classifies=True,
     ),
     "question-answering": Task(
-        "question-answering", ("ForQuestionAnswering",), ("text", "answers"), span, of_span=True
+        "question-answering",
+        ("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        ("text", "answers"),
+        span,
+        of_span=True,
     ),
     "multiple-choice": Task(
         "multiple-choice", ("ForMultipleChoice",), ("text", "choices", "right choice"), multiple_choice, batched=True
     ),
     "fill-mask": Task("fill-mask", ("ForMaskedLM",), ("text",), masked_lm, per_token=True, in_place=True),
-    "causal-lm": Task("causal-lm", ("ForCausalLM", "LMHeadModel"), ("text",), causal_lm, per_token=True),
+    "causal-lm": Task(
+        "causal-lm",
+        ("ForCausalLM", "LMHeadModel", "WithLMHead", "GenerationDecoder"),
+        ("text",),
+        causal_lm,
+        per_token=True,
+    ),
     GENERATED_TASK: Task(GENERATED_TASK, (), (), tokens, per_token=True),
     "chat": Task("chat", (), ("messages",), chat, per_token=True),
     "completion": Task("completion", (), ("text", "target"), completion, per_token=True),
@@ -103,11 +113,16 @@ TASKS: dict[str, Task] = {
     ),
     "ctc": Task("ctc", ("ForCTC",), ("audio", "target"), ctc, of_path=True, processor=SOUNDS),
     "seq2seq": Task(
-        "seq2seq", ("ForConditionalGeneration", "ForSeq2SeqLM"), ("text", "target"), seq2seq, per_token=True
+        "seq2seq",
+        ("ForConditionalGeneration", "ForSeq2SeqLM"),
+        ("text", "target"),
+        seq2seq,
+        per_token=True,
+        mapping="MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     ),
     "image-classification": Task(
         "image-classification",
-        ("ForImageClassification",),
+        ("ForImageClassification", "ForImageClassificationWithTeacher"),
         ("image", "label"),
         image_classification,
         classifies=True,
@@ -133,7 +148,12 @@ TASKS: dict[str, Task] = {
         processor=IMAGES,
     ),
     # Last, for names of other classes end so, too.
-    "feature-extraction": Task("feature-extraction", ("Model",), ("text",), text),
+    "feature-extraction": Task(
+        "feature-extraction",
+        ("Model", "ModelWithProjection", "QuestionEncoder", "ContextEncoder"),
+        ("text",),
+        text,
+    ),
 }
 """Every kind of task; a new one is a row here."""
 
@@ -225,6 +245,7 @@ def open_task(
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
     kind = TASKS[task] if task else infer_task(model_class)
+    dataset = with_fields(dataset, columns)
     present = dataset.column_names
     sees = kind.name == "image-text-to-text"
     if task is None and sees and not (columns.image or infer_role("image", present)):
