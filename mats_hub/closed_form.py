@@ -85,7 +85,7 @@ def _solve_rows_and_columns(c: Tensor, A: Tensor, r: Tensor, accuracy: Accuracy)
     """Solve diag(c) Z + Z A = r along the eigenvectors of A = Q diag(λ) Qᵀ, entry by entry: (cᵢ + λⱼ) (Z Q)ᵢⱼ = (r Q)ᵢⱼ."""
     values, vectors = _eigh(A, accuracy)
     total = in_float64(c) + values.clamp(min=0)
-    seen = total > _cutoff(len(A), accuracy) * total.max()
+    seen = total > _cutoff(len(A), accuracy) * values[-1].clamp(min=0)  # c is as accurate as it is large
     return torch.where(seen, (in_float64(r) @ vectors) / torch.where(seen, total, 1), 0) @ vectors.T
 
 
@@ -137,18 +137,26 @@ def _onto_two_ranges(outputs: Sequence[Tensor], inputs: Sequence[Tensor], Z: Ten
 
 def _range(matrix: Tensor, accuracy: Accuracy) -> Tensor:
     """Return an orthonormal basis of the range of a symmetric PSD matrix, as columns."""
-    values, vectors = _eigh(matrix, accuracy)
-    return vectors[:, values > _cutoff(len(values), accuracy) * values[-1].clamp(min=0)]
+    _, vectors, inverse = _seen(matrix, accuracy)
+    return torch.linalg.qr(torch.where(inverse > 0, vectors / inverse, 0)).Q
 
 
 def _simultaneous(a: Tensor, b: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor]:
     """Return (P, s) with Pᵀ a P = diag(s) and Pᵀ (a + b) P = I on the range of a + b."""
     a, b = in_float64(a), in_float64(b)
-    values, vectors = torch.linalg.eigh(a + b)
-    keep = values > _cutoff(len(values), accuracy) * values[-1].clamp(min=0)
-    whiten = vectors[:, keep] / values[keep].sqrt()
+    values, vectors, inverse = _seen(a + b, accuracy)
+    whiten = inverse * vectors / values.sqrt()
     s, rotation = torch.linalg.eigh(whiten.T @ a @ whiten)
     return whiten @ rotation, s.clamp(0, 1)
+
+
+def _seen(matrix: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the eigenvalues of a matrix at a unit diagonal that are no noise, their vectors, and `_unit_diagonal`'s factors."""
+    unit, inverse = _unit_diagonal(in_float64(matrix))
+    unit.diagonal().mul_(inverse[:, 0] > 0)
+    values, vectors = _eigh(unit, accuracy)
+    seen = values > _noise(unit, accuracy)
+    return values[seen], vectors[:, seen], inverse
 
 
 def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:

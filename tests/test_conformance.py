@@ -515,6 +515,24 @@ def test_inputs_of_any_size_are_solved_alike(rank):
     close(exact(stored, x0.float()).value.double() * weigh, expected * weigh, 1e-3)
 
 
+@pytest.mark.parametrize("rank", [5, 40])
+def test_inputs_of_any_size_are_solved_alike_by_two_kronecker_products(rank):
+    size = 16
+    inputs = [draw(size, rank, seed=seed) * torch.logspace(0, -4, size).double()[:, None] for seed in range(2)]
+    outputs = [psd(OUT, 30 + seed) for seed in range(2)]
+    deltas, x0 = [draw(OUT, size, seed=10 + seed) for seed in range(2)], draw(OUT, size, seed=5)
+    made = [Kronecker(B.float(), (X @ X.T).float()) for B, X in zip(outputs, inputs, strict=True)]
+    terms = [torch.kron(B, X @ X.T) for B, X in zip(outputs, inputs, strict=True)]
+    right = sum(term @ (delta - x0).reshape(-1) for term, delta in zip(terms, deltas, strict=True))
+    expected = x0 + (torch.linalg.pinv(sum(terms), rtol=1e-13, hermitian=True) @ right).reshape(x0.shape)
+    weigh = torch.cat(inputs, 1).norm(dim=1)
+    close(
+        exact(match(made, [d.float() for d in deltas], [1.0] * 2), x0.float()).value.double() * weigh,
+        expected * weigh,
+        1e-3,
+    )
+
+
 def test_two_kronecker_products_are_solved_to_the_last_digit():
     system = problem(CURVATURES["kronecker"], 2)
     assert exact(system, torch.zeros(OUT, IN, dtype=torch.float64)).residual < 1e-12
