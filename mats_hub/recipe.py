@@ -23,6 +23,7 @@ from mats_hub.initialization_options import (
     NonNegative,
     Part,
 )
+from mats_hub.mergekit_config import from_mergekit, is_mergekit
 from mats_hub.methods import AUTO, DEFAULTS, IMPLIED_BY_CURVATURE, METHODS
 from mats_hub.schema_errors import explain
 
@@ -284,13 +285,13 @@ class Recipe(Part):
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> Recipe:
-        """Return a recipe from a mapping, with what the named method implies filled in.
+        """Return a recipe from a mapping, with what the named method implies filled in; or from a configuration of mergekit.
 
         Raises:
             RecipeError: a key is unknown, a value cannot be, or an option belongs to another method.
 
         """
-        filled = _fill_in(dict(content))
+        filled = _fill_in(from_mergekit(content) if is_mergekit(content) else dict(content))
         try:
             return cls.model_validate(filled)
         except ValidationError as error:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "mats_hub"
 FLOORS = (
     ("errors", "hub_id", "initialization_options", "methods"),
     ("schema_errors",),
+    ("mergekit_config",),
     (
         "hf_extension",
         "recipe",

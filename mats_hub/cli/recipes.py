@@ -57,7 +57,10 @@ def add_commands(commands: Any) -> None:
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of the recipe's schema."""
     parser.add_argument(
-        "experts", nargs="+", metavar="MODEL", help="a recipe file (.yaml), or Hub ids or folders of experts"
+        "experts",
+        nargs="+",
+        metavar="MODEL",
+        help="a recipe file (.yaml), also one of mergekit's; or Hub ids or folders of experts",
     )
     for name in EXPERT_OPTIONS:
         field = ExpertEntry.model_fields[name]
