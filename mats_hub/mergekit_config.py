@@ -134,6 +134,8 @@ def from_mergekit(content: Mapping[str, Any]) -> dict[str, Any]:
         if shared.t is None:
             raise RecipeError("a mergekit configuration of slerp has to say how far to go: parameters.t is missing")
         models, weights = _from_the_base(models, base), [1 - shared.t, shared.t]
+        if len(models) != 2:
+            raise RecipeError(f"slerp goes from base_model to one other model, and there are {len(models)} with it")
     total = math.fsum(weights)
     options = {ours: _of_all(theirs, models, shared) for theirs, ours in row.options.items()}
     if config.merge_method == "linear" and not normalize and abs(total - 1) > 1e-6:

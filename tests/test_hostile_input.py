@@ -203,6 +203,22 @@ def test_junk_in_a_recipe(data, value):
 
 
 @QUICK
+@given(data=st.data(), value=JUNK, method=st.sampled_from(["ties", "linear", "slerp"]))
+def test_junk_in_a_configuration_of_mergekit(data, value, method):
+    model = {"model": "a", "parameters": {"weight": 0.5, "density": 0.3}}
+    shared = {"lambda": 1.0, "normalize": True, "rescale": None, "t": 0.3}
+    content = {"merge_method": method, "models": [model, {"model": "b"}], "base_model": "b", "parameters": shared}
+    content |= {"dtype": "float32", "out_dtype": None, "tokenizer": {"source": "base"}, "tokenizer_source": None}
+    part = data.draw(st.sampled_from([content, content, model, model["parameters"], shared, content["tokenizer"]]))
+    part[data.draw(st.sampled_from(sorted(part)))] = value
+    try:
+        recipe = mats_hub.Recipe.from_mapping(content)
+    except MatsError:
+        return
+    assert mats_hub.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@QUICK
 @given(value=JUNK)
 def test_junk_in_a_report(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("report")

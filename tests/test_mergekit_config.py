@@ -109,6 +109,7 @@ def test_an_arc_goes_from_the_base_to_the_other():
         ),
         (config("slerp", {"t": [{"filter": "mlp", "value": 0.5}]}), "parameters.t: Input should be a valid number"),
         (config("slerp"), "parameters.t is missing"),
+        (config("slerp", {"t": 0.5}), "to one other model, and there are 3 with it"),
         (config("ties", {"dens": 0.5}), "parameters.dens: unknown key 'dens'. Did you mean 'density'"),
         (config("ties", {"rescale": True}), "ties never rescales"),
         (config("linear", {"normalize": False}, *W), "have to sum to 1, and these to 2"),
