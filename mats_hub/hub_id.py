@@ -48,6 +48,7 @@ def from_address(text: str) -> str:
     if not found:
         return text
     repository, view, revision, path = found.group("repository", "view", "revision", "path")
+    repository = repository.removesuffix(".git")  # which no id ends with
     if view in ("discussions", "viewer", "settings"):
         return repository
     folder = (path or "") if view == "tree" else (path or "").rpartition("/")[0]

@@ -188,6 +188,7 @@ def test_ids_that_lead_nowhere(hub, published, spec, message):
         ("https://huggingface.co/alice/alpha/discussions/3", "alice/alpha"),
         ("https://huggingface.co/gpt2/tree/main/onnx", "gpt2/onnx"),
         ("http://www.huggingface.co/gpt2/", "gpt2"),
+        ("https://huggingface.co/alice/alpha.git", "alice/alpha"),
         ("huggingface.co/alice/alpha", "alice/alpha"),
         ("hf.co/alice/alpha", "alice/alpha"),
         ("https://huggingface.co/datasets/alice/data/viewer/default/train", "alice/data"),
