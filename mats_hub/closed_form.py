@@ -213,7 +213,8 @@ def _smallest_eigenvalue(factor: Tensor) -> float:
     """Return the smallest eigenvalue of L Lᵀ, estimated from above, to a few tens of percent, by powers of its inverse."""
     probes = torch.randn(len(factor), 4, dtype=factor.dtype, generator=torch.Generator().manual_seed(0)).to(factor)
     for _ in range(12):
-        probes = torch.cholesky_solve(torch.nn.functional.normalize(probes, dim=0), factor)
+        probes = torch.linalg.solve_triangular(factor, torch.nn.functional.normalize(probes, dim=0), upper=False)
+        probes = torch.linalg.solve_triangular(factor.mT, probes, upper=True)
     return 1 / float(torch.linalg.vector_norm(probes, dim=0).max()) if len(factor) else math.inf
 
 

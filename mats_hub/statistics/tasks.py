@@ -244,22 +244,9 @@ def open_task(
 
     if task is not None and task not in TASKS:
         raise StatisticsError(unknown("task", task, TASKS))
-    kind = TASKS[task] if task else infer_task(model_class)
     dataset = with_fields(dataset, columns)
-    present = dataset.column_names
-    sees = kind.name == "image-text-to-text"
-    if task is None and sees and not (columns.image or infer_role("image", present)):
-        kind, sees = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"], False
-    talks = columns.messages or (not columns.text and infer_role("messages", present))
-    told = columns.label or (not columns.text and infer_role("right choice", present))
-    chooses = columns.choices or (told and not (columns.target or talks) and infer_role("choices", present))
-    if task is None and kind.name == "causal-lm":
-        asked = not columns.text and ASKED.issuperset(infer_role("text", present) or ("",))
-        answered = columns.target or chooses or (asked and infer_role("target", present))
-        kind = TASKS["chat" if talks else "completion" if answered else "causal-lm"]
-    roles = ("image", "messages") if sees and talks else kind.roles
-    if chooses and kind.encode in (completion, seq2seq, image_chat):  # what is said is one of the choices
-        roles = (*(role for role in roles if role != "target"), "choices", "right choice")
+    kind = TASKS[task] if task else infer_task(model_class)
+    kind, roles = _by_columns(kind, config, dataset.column_names, columns, given=task is not None)
     data = TaskData(kind, dataset, infer_columns(dataset, columns, roles, needs_labels), config, singly=kind.batched)
     if kind.processor:
         data.processor = _load_processor(files, *kind.processor)
@@ -280,6 +267,26 @@ def open_task(
     if kind.name == "zero-shot-image-classification":
         data.name_classes()
     return data
+
+
+def _by_columns(
+    kind: Task, config: Any, present: Sequence[str], columns: Columns, given: bool
+) -> tuple[Task, tuple[str, ...]]:
+    """Return the kind of task that the data set's columns are of, unless it is given, and the roles they play in it."""
+    sees = kind.name == "image-text-to-text"
+    if not given and sees and not (columns.image or infer_role("image", present)):
+        kind, sees = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"], False
+    talks = columns.messages or (not columns.text and infer_role("messages", present))
+    told = columns.label or (not columns.text and infer_role("right choice", present))
+    chooses = columns.choices or (told and not (columns.target or talks) and infer_role("choices", present))
+    if not given and kind.name == "causal-lm":
+        asked = not columns.text and ASKED.issuperset(infer_role("text", present) or ("",))
+        answered = columns.target or chooses or (asked and infer_role("target", present))
+        kind = TASKS["chat" if talks else "completion" if answered else "causal-lm"]
+    roles = ("image", "messages") if sees and talks else kind.roles
+    if chooses and kind.encode in (completion, seq2seq, image_chat):  # what is said is one of the choices
+        roles = (*(role for role in roles if role != "target"), "choices", "right choice")
+    return kind, roles
 
 
 def _most_tokens(tokenizer: Any, config: Any) -> int | None:
