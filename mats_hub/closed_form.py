@@ -176,14 +176,9 @@ def _solve_symmetric(matrix: Tensor, rhs: Tensor, accuracy: Accuracy) -> Tensor:
     values, vectors = _eigh(unit, accuracy)
     seen = values > cutoff
     basis, unseen = inverse * vectors[:, seen], torch.linalg.qr(inverse * vectors[:, ~seen]).Q
-    roots = torch.where(inverse > 0, 1 / inverse, 0)
-    z = torch.zeros_like(right)
-    for _ in range(2):  # the second time for what the first left of the directions that are seen
-        left = right - roots * (unit @ (roots * z))
-        left -= unseen @ (unseen.T @ left)
-        step = basis @ ((basis.T @ left) / values[seen, None])
-        z += step - unseen @ (unseen.T @ step)
-    return z.to(rhs)
+    right = right - unseen @ (unseen.T @ right)
+    z = basis @ ((basis.T @ right) / values[seen, None])
+    return (z - unseen @ (unseen.T @ z)).to(rhs)
 
 
 def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,8 +200,9 @@ def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _noise(unit: Tensor, accuracy: Accuracy) -> float:
     """Return the eigenvalue of a matrix with a unit diagonal below which rounding explains it."""
     eps, stored = accuracy
-    # Sums are off in any entry; roundings of stored entries are independent of each other, and as large as these are.
-    return max(len(unit) * eps, stored * float(torch.linalg.matrix_norm(unit)) / math.sqrt(max(len(unit), 1)))
+    # Sums are off in any entry. Roundings of stored entries are as large as these are, and independent of each other: the
+    # largest eigenvalue of such a matrix is twice the root of the mean of its rows' squares (Wigner 1958).
+    return max(len(unit) * eps, 2 * stored * float(torch.linalg.matrix_norm(unit)) / math.sqrt(max(len(unit), 1)))
 
 
 def _smallest_eigenvalue(factor: Tensor) -> float:

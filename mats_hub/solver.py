@@ -230,7 +230,7 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
     numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
     Factorizations run in float64 where the device has it. Unseen are the directions whose eigenvalue is at most n · ε, with ε
-    the system's rounding error, or its accuracy · ‖·‖ / √n, once rows and columns are scaled to a unit diagonal.
+    the system's rounding error, or 2 · its accuracy · ‖·‖ / √n, once rows and columns are scaled to a unit diagonal.
 
     Raises:
         NumericalError: a non-finite value, or a curvature that is not positive semidefinite.

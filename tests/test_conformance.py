@@ -515,6 +515,23 @@ def test_inputs_of_any_size_are_solved_alike(rank):
     close(exact(stored, x0.float()).value.double() * weigh, expected * weigh, 1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_what_roundings_of_stored_curvatures_hide_is_not_solved_for(dtype, accuracy):
+    """Inputs of any size, and directions that matter ever less; stored as correlations and a diagonal."""
+    size = 64
+    deltas, x0 = [draw(OUT, size, seed=50 + seed) for seed in range(3)], torch.zeros(OUT, size).double()
+    root = torch.linalg.qr(draw(size, size, seed=0)).Q * torch.logspace(0, -4, size).double()
+    A = (root @ root.T) * torch.outer(*[torch.logspace(0, -3, size).double()] * 2)
+    sizes = A.diagonal().sqrt()
+    rounded = (A / torch.outer(sizes, sizes)).to(dtype).double() * torch.outer(sizes, sizes)
+    stored = [Gram((rounded * (1 + 0.2 * seed)).float()) for seed in range(3)]
+    expected = sum((1 + 0.2 * seed) * delta for seed, delta in enumerate(deltas)) / 3.6
+    found = exact(match(stored, [delta.float() for delta in deltas], [1.0] * 3, accuracy), x0.float()).value.double()
+    assert float((found * sizes).norm()) < 1.6 * float((expected * sizes).norm())
+    missed = found - expected
+    assert float((missed @ A * missed).sum()) < 0.1 * float((expected @ A * expected).sum())
+
+
 @pytest.mark.parametrize("rank", [5, 40])
 def test_inputs_of_any_size_are_solved_alike_by_two_kronecker_products(rank):
     size = 16
