@@ -228,9 +228,11 @@ def exact(system: LinearSystem, x0: Tensor) -> Solution:
     """Solve A x = b where a closed form exists, keeping `x0` in the null space of A.
 
     Closed forms: identity and diagonal by division; a Gram or dense matrix by Cholesky, or by its eigenvalues when it is
-    numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once.
+    numerically rank-deficient; one Kronecker product by its factors; two by diagonalizing both pairs of factors at once; a
+    diagonal of rows beside a Gram, as of tied embeddings, by the Gram's eigenvectors.
     Factorizations run in float64 where the device has it. Unseen are the directions whose eigenvalue is at most n · ε, with ε
-    the system's rounding error, or 2 · its accuracy · ‖·‖ / √n, once rows and columns are scaled to a unit diagonal.
+    the system's rounding error, or 2 · its accuracy · ‖·‖ / √n, once rows and columns are scaled to a unit diagonal; of a
+    diagonal beside a Gram, n · ε or accuracy / √n times the Gram's largest.
 
     Raises:
         NumericalError: a non-finite value, or a curvature that is not positive semidefinite.

@@ -550,6 +550,18 @@ def test_inputs_of_any_size_are_solved_alike_by_two_kronecker_products(rank):
     )
 
 
+def test_tokens_that_never_came_are_solved_beside_frequent_ones():
+    """As in tied embeddings: the counts of tokens say nothing of how accurate the Gram of the head is."""
+    counts = torch.tensor([[1e8], [0.0], [1.0], [0.0]])
+    made = [Sum((Diagonal(counts * (seed + 1)), Gram(psd(IN, seed).float()))) for seed in range(2)]
+    deltas, x0 = [draw(OUT, IN, seed=10 + seed) for seed in range(2)], draw(OUT, IN, seed=5)
+    found = exact(match(made, [delta.float() for delta in deltas], [1.0] * 2), x0.float()).value
+    for row, count in enumerate(counts[:, 0].double()):
+        own = [count * (seed + 1) * torch.eye(IN) + psd(IN, seed).float().double() for seed in range(2)]
+        right = sum(A @ delta[row] for A, delta in zip(own, deltas, strict=True))
+        close(found[row].double(), torch.linalg.solve(sum(own), right), 1e-5)
+
+
 def test_two_kronecker_products_are_solved_to_the_last_digit():
     system = problem(CURVATURES["kronecker"], 2)
     assert exact(system, torch.zeros(OUT, IN, dtype=torch.float64)).residual < 1e-12
