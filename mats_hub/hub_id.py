@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?$")
-SUBFOLDER = re.compile(r"^(?:/\w[\w.=+-]*)*$")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?\Z")
+SUBFOLDER = re.compile(r"^(?:/\w[\w.=+-]*)*\Z")
 
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 VIEWS = "tree|blob|resolve|raw|commit|commits|discussions|viewer|settings|edit"
@@ -30,7 +30,8 @@ def split_id(name: str) -> tuple[str, str]:
 
 
 def short_name(model: str) -> str:
-    """Return the last part of an id or a path."""
+    """Return the last part of an id, given as such or as an address, or of a path."""
+    model = from_address(model)
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model.partition("@")[0].rsplit("/", 1)[-1]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mats_hub.errors import RecipeError
+from mats_hub.errors import RecipeError, unknown
 from mats_hub.schema_errors import explain
 
 WHOLE = "name whole models under 'models'"
@@ -53,9 +53,7 @@ class _Source(_Part):
 
 
 class _Config(_Part):
-    merge_method: Literal[
-        "linear", "slerp", "model_stock", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs"
-    ]
+    merge_method: str
     models: tuple[_Model, ...] = Field(min_length=1)
     base_model: str | None = None
     parameters: _Shared = _Shared.model_validate({})
@@ -99,7 +97,9 @@ ROWS = {
     "della": _Row("della", {**_TRIMMED, "epsilon": "epsilon"}, fuses=True, normalizes=True, rescales=True),
     "breadcrumbs": _Row("breadcrumbs", {**_TRIMMED, "gamma": "outliers"}),
 }
-DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
+"""Its method → ours. A method that both have is a row here."""
+
+IMPLIED = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
 """Parameter → what it is where it is not given."""
 
 
@@ -124,6 +124,8 @@ def from_mergekit(content: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         told = explain(error, _part_at)
         raise RecipeError(f"a mergekit configuration that cannot be taken over: {told}") from None
+    if config.merge_method not in ROWS:
+        raise RecipeError(f"merge_method: {unknown('value', config.merge_method, ROWS)}")
     row, shared, base = ROWS[config.merge_method], config.parameters, config.base_model
     normalize = row.normalizes if shared.normalize is None else shared.normalize
     if shared.rescale not in (None, row.rescales):
@@ -164,7 +166,7 @@ def _part_at(place: Sequence[str]) -> type[BaseModel]:
 
 
 def _value(parameter: str, model: _Model, shared: _Shared) -> float:
-    found = (getattr(model.parameters, parameter, None), getattr(shared, parameter), DEFAULTS.get(parameter))
+    found = (getattr(model.parameters, parameter, None), getattr(shared, parameter), IMPLIED.get(parameter))
     return next(float(value) for value in found if value is not None)
 
 

@@ -163,6 +163,7 @@ def test_a_pull_request_leaves_main_alone(hub, published):
         ("alice/nothing", "is not on the Hub, or is private"),
         ("alice/alpha@0000000000000000000000000000000000000000", "not that revision"),
         ("alice/hidden", "is not on the Hub, or is private"),
+        ("alice/alpha\n", "neither a folder"),
         ("/etc/passwd", "neither a folder on this machine nor a Hub id"),
         ("https://example.com/model", "neither a folder"),
         ("../nowhere/at/all", "neither a folder"),

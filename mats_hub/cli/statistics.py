@@ -96,10 +96,10 @@ def _add_commands_of_files(commands: Any) -> None:
 
 
 def _statistics(model: str, output: str | None, kind: list[str] | None, push: str | None, **options: Any) -> None:
-    from mats_hub.hub_id import from_address, short_name
+    from mats_hub.hub_id import short_name
     from mats_hub.statistics import compute_statistics
 
-    target = output or f"{short_name(from_address(model))}.statistics.safetensors"
+    target = output or f"{short_name(model)}.statistics.safetensors"
     statistics = compute_statistics(model, kind=kind, output=target, progress=progress_bar, **options)
     if statistics.path is None:  # one of several processes, of which the first has written the file
         return
